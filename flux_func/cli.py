@@ -1,0 +1,75 @@
+"""What every program shares: flags are parsed, `main` runs, and a user's error is one line and exit code 2."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from flux_func.errors import UserError
+
+
+def define_config(required: bool = True) -> flags.FlagHolder:
+    """Defines --config, a Python file with `get_config()`, and --config.FIELD for each of its fields."""
+    help_line = "Config file, such as configs/flux_debug.py; any field by --config.train.steps=20."
+    holder = config_flags.DEFINE_config_file("config", None, help_line, lock_config=True)
+    if required:
+        flags.mark_flag_as_required("config")
+    return holder
+
+
+def run(main: Callable[[list[str]], int | None]) -> None:
+    """Runs a program: `main(argv)` under absl; UserError and flag errors print one line and exit with 2."""
+    try:
+        app.run(main, flags_parser=_parse)
+    except UserError as error:
+        _fail(error)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    _check_config_path(argv)
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        _fail(error)
+    except (AttributeError, KeyError, TypeError, ValueError, SyntaxError, ImportError, OSError) as error:
+        # What a config file or an override raises: ml_collections passes it through as it is.
+        _fail(f"--config: {error}")
+    if len(rest) > 1:
+        _fail(f"argument {rest[1]!r} is not a flag; flags start with --")
+    return rest
+
+
+def _check_config_path(argv: list[str]) -> None:
+    for i, arg in enumerate(argv):
+        name, equals, value = arg.lstrip("-").partition("=")
+        if name == "config":
+            path = value if equals else (argv[i + 1] if i + 1 < len(argv) else "")
+            path = path.split(":")[0]
+            if not os.path.isfile(path):
+                _fail(f"--config is {path!r}: no such file; see the folder configs/")
+
+
+def _fail(message: object) -> None:
+    line = " ".join(str(message).split())
+    print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def stop_requested() -> Callable[[], str]:
+    """Installs handlers of SIGTERM and SIGINT; returns a function that names the signal received, or "" .
+
+    The first signal asks the loop to stop at the next step; a second one of the same kind acts as it would have.
+    """
+    received: list[str] = []
+
+    def handle(number, frame):
+        del frame
+        received.append(signal.Signals(number).name)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handle)
+    return lambda: received[0] if received else ""

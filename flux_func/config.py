@@ -1,0 +1,227 @@
+"""Every setting of a run: its default, what it means, and what values it may have.
+
+A file of `configs/` starts from `default()` and states only what differs. Any field can be set from the command
+line (`--config.train.steps=20`); the tree is locked, so a mistyped field is an error that names the nearest one.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+from flux_func.errors import UserError
+
+
+def default() -> ml_collections.ConfigDict:
+    """Returns the configuration that every config file starts from."""
+    config = ml_collections.ConfigDict()
+    config.model = dict(
+        flavor="flux-debug",  # one of flux_func.FLAVORS
+        init="pretrain",  # "nonzero": gates, modulations and the final layer random too
+        guidance_embed=config_dict.placeholder(bool),  # None: as the flavor says
+    )
+    config.autoencoder = dict(
+        kind="dct",  # "dct": fixed block transform, no weights; "kl": FLUX's own
+        path="",  # kl: its ae.safetensors
+        random_init=False,  # kl: random weights where there is no path, to try a set-up out
+        sample=True,  # kl: train on a draw from the posterior (False: on its mean)
+    )
+    config.text = dict(
+        kind="hash",  # "hash": words hashed to embeddings, no weights; "hf": T5 and CLIP of transformers
+        path="",  # hf: a folder with text_encoder, text_encoder_2, tokenizer and tokenizer_2, as diffusers lays it out
+        random_init=False,  # hf: random weights from the folder's config.json files
+        max_length=256,  # tokens of the T5 sequence: 512 for dev, 256 for schnell
+    )
+    config.data = dict(
+        source="digits",  # "digits": scikit-learn's; "wds": WebDataset tars; "folder": images with .txt; "hf": datasets
+        path="",  # wds: a tar or a glob of tars; folder: a directory; hf: a save_to_disk directory or a hub name
+        split="train",  # what to train on; the rest is validate.split
+        validation_fraction=0.1,  # share of the samples held out, where the source has no validation split of its own
+        image_key="image",  # hf: the column with the image
+        caption_key="caption",  # hf: the column with the caption (a string, or a list whose first is taken)
+        streaming=False,  # hf: read from the hub as it comes (order and resume are then the stream's own, not exact)
+        image_size=256,  # pixels of the square that images are resized and cropped to; a multiple of 16
+        crop="random",  # "random" or "center", along the longer side
+        prompt_dropout=0.1,  # probability of an empty caption, drawn for T5 and CLIP independently
+        workers=0,  # processes that read and decode; 0: threads of this one
+    )
+    config.train = dict(
+        steps=10,  # optimizer steps in the whole run
+        batch_size=2,  # samples per step, over all processes and micro-batches
+        accumulate=1,  # micro-batches per step
+        seed=0,  # of everything random: weights, order, crops, dropout, noise, timesteps
+        timesteps="uniform",  # "uniform", "logit_normal" or "stratified" (uniform, one stratum per sample of the batch)
+        shift=False,  # shift the training timesteps by resolution, as the sampler does
+        guidance=3.5,  # what a model with a guidance embedding is told in training
+    )
+    config.optimizer = dict(
+        name="adamw",  # "adamw", or the name of any class of torch.optim
+        lr=1e-4,  # after warm-up
+        betas=(0.9, 0.95),  # adamw
+        eps=1e-8,  # adamw
+        weight_decay=0.1,  # adamw: decoupled
+        options="",  # other classes' own arguments, such as "momentum=0.9, nesterov=True"
+        schedule="constant",  # "constant", "cosine" or "linear"
+        warmup_steps=0,  # linear from 0 to lr
+        decay_steps=0,  # step at which a decaying schedule ends; 0: train.steps
+        final_lr_fraction=0.0,  # of lr, where a decaying schedule ends
+        clip_norm=1.0,  # largest global norm of the gradients; 0: not clipped
+    )
+    config.remat = dict(policy="none")  # "full": keep each stage's input alone, compute it again in the backward pass
+    config.numerics = dict(
+        param="float32",  # type of parameters and moments: "float32" or "bfloat16"
+        compute="float32",  # type that parameters are cast to before each stage: "float32" or "bfloat16"
+    )
+    config.ema = dict(decay=0.0)  # of the averaged weights; 0: none are kept
+    config.validate = dict(
+        every=0,  # steps; 0: never
+        split="validation",  # "validation" or "train"
+        samples=64,  # samples per validation
+        batch_size=8,  # samples per forward pass
+        all_timesteps=False,  # each sample at all 8 timesteps; False: at one of them in turn
+        convention="start",  # t = i/8 ("start") or (i + 1/2)/8 ("middle"), i = 0..7
+        images=0,  # images drawn from the split's own captions after each validation
+    )
+    config.sample = dict(
+        every=0,  # steps; 0: never
+        prompts=(),  # captions of the grid; none: the first of the validation split
+        steps=20,  # Euler steps
+        guidance=3.5,  # distilled guidance, for models with a guidance embedding
+        cfg_scale=1.0,  # classifier-free guidance; 1: none
+        shift=True,  # resolution-dependent shift of the schedule
+        seed=0,  # of the noise
+    )
+    config.checkpoint = dict(
+        every=0,  # steps; 0: at the end alone
+        keep_last=2,  # checkpoints kept; 0: all
+        keep_every=0,  # steps whose multiples are kept for good; 0: none
+        last_weights_only=False,  # the last checkpoint without moments: not for resuming
+        export_dtype="",  # type of the weights in a weights-only checkpoint, such as "bfloat16"; "": numerics.param
+    )
+    config.log = dict(every=1)  # steps between lines of metrics; 0: none but the last
+    config.metrics = dict(
+        peak_tflops=0.0,  # the device's peak, for MFU; 0: MFU is not reported
+        tensorboard=True,  # event files in the workdir
+        wandb="",  # project of Weights & Biases; "": not used
+    )
+    return config.lock()
+
+
+CHOICES = {
+    "model.init": ("pretrain", "nonzero"),
+    "autoencoder.kind": ("dct", "kl"),
+    "text.kind": ("hash", "hf"),
+    "data.source": ("digits", "wds", "folder", "hf"),
+    "data.split": ("train", "validation"),
+    "data.crop": ("random", "center"),
+    "train.timesteps": ("uniform", "logit_normal", "stratified"),
+    "optimizer.schedule": ("constant", "cosine", "linear"),
+    "remat.policy": ("none", "full"),
+    "numerics.param": ("float32", "bfloat16"),
+    "numerics.compute": ("float32", "bfloat16"),
+    "validate.split": ("train", "validation"),
+    "validate.convention": ("start", "middle"),
+    "checkpoint.export_dtype": ("", "float32", "bfloat16", "float16"),
+}
+AT_LEAST_ONE = (
+    "text.max_length",
+    "train.steps",
+    "train.batch_size",
+    "train.accumulate",
+    "validate.samples",
+    "validate.batch_size",
+    "sample.steps",
+)
+NOT_NEGATIVE = (
+    "data.workers",
+    "optimizer.lr",
+    "optimizer.eps",
+    "optimizer.weight_decay",
+    "optimizer.warmup_steps",
+    "optimizer.decay_steps",
+    "optimizer.clip_norm",
+    "validate.every",
+    "validate.images",
+    "sample.every",
+    "checkpoint.every",
+    "checkpoint.keep_last",
+    "checkpoint.keep_every",
+    "log.every",
+    "metrics.peak_tflops",
+)
+FRACTIONS = ("data.prompt_dropout", "data.validation_fraction", "ema.decay", "optimizer.final_lr_fraction")
+PATH_NEEDED = {"data.source": ("wds", "folder", "hf"), "text.kind": ("hf",)}
+# What may change between a checkpoint and the run that goes on from it.
+RESUME_MAY_DIFFER = ("train.steps", "data.workers", "sample.*", "validate.*", "metrics.*", "remat.*", "*.every")
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (dotted field, value) of every field, tuples as lists, as JSON would hold them."""
+    for key, value in config.items():
+        if isinstance(value, (Mapping, ml_collections.ConfigDict)):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, list(value) if isinstance(value, (tuple, list)) else value
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Checks every field's value against its range and the fields that depend on each other.
+
+    Raises:
+      UserError: the first field found wrong, its value and what it should be.
+    """
+    from flux_func.models.flux import FLAVORS
+
+    fields = dict(flat(config))
+    _check(fields, "model.flavor", fields["model.flavor"] in FLAVORS, one_of(fields["model.flavor"], FLAVORS))
+    for field, choices in CHOICES.items():
+        _check(fields, field, fields[field] in choices, one_of(fields[field], choices))
+    for field in AT_LEAST_ONE:
+        _check(fields, field, fields[field] >= 1, "should be at least 1")
+    for field in NOT_NEGATIVE:
+        _check(fields, field, fields[field] >= 0, "should not be negative")
+    for field in FRACTIONS:
+        _check(fields, field, 0 <= fields[field] <= 1, "should be in [0, 1]")
+    size, batch, micro = fields["data.image_size"], fields["train.batch_size"], fields["train.accumulate"]
+    nearest = max(16, round(size / 16) * 16)
+    _check(fields, "data.image_size", size >= 16 and size % 16 == 0, f"should be a multiple of 16, such as {nearest}")
+    _check(fields, "train.accumulate", batch % micro == 0, f"should divide train.batch_size, which is {batch}")
+    for field, kinds in PATH_NEEDED.items():
+        path, given = field.split(".")[0] + ".path", fields[field]
+        _check(fields, path, given not in kinds or fields[path], f"should be set, as {field} is {given!r}")
+    weightless = fields["autoencoder.kind"] == "kl" and not fields["autoencoder.random_init"]
+    remedy = "should name an ae.safetensors (or set autoencoder.random_init to try a set-up out)"
+    _check(fields, "autoencoder.path", fields["autoencoder.path"] or not weightless, remedy)
+
+
+def one_of(value: Any, choices) -> str:
+    """Returns the remedy for a value that is none of `choices`: the nearest one, and all of them."""
+    import difflib
+
+    near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
+    guess = f"did you mean {near[0]!r}? " if near else ""
+    return f"{guess}should be one of {', '.join(repr(choice) for choice in choices)}"
+
+
+def check_resume(saved: Mapping[str, Any], config: ml_collections.ConfigDict) -> None:
+    """Checks that `config` may go on from a checkpoint written under `saved` (`config.to_dict()` through JSON).
+
+    Raises:
+      UserError: naming the first field that may not differ, and both values.
+    """
+    from flux_func import tree
+
+    before, now = dict(flat(saved)), dict(flat(config))
+    for field in sorted(before.keys() | now.keys()):
+        old, new = before.get(field, "not set"), now.get(field, "not set")
+        if old != new and not tree.match(RESUME_MAY_DIFFER, field):
+            raise UserError(
+                f"{field} is {new!r}, but the checkpoint in the workdir was written with {old!r}: "
+                f"set it back, or name another --workdir"
+            )
+
+
+def _check(fields: Mapping[str, Any], field: str, good: Any, remedy: str) -> None:
+    if not good:
+        raise UserError(f"{field} is {fields[field]!r}: {remedy}")

@@ -1,0 +1,82 @@
+"""The rectified-flow path between data and noise, and the training loss.
+
+x_t = (1 - t) x_0 + t eps, so t = 1 is noise; the model predicts the velocity eps - x_0 (Liu et al. 2022,
+arXiv:2209.03003; Esser et al. 2024, arXiv:2403.03206).
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from flux_func.models import flux
+from flux_func.models.layers import Ops, Params, at_least_float32
+
+
+def interpolate(latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """Returns x_t = (1 - t) x_0 + t eps; latents and noise [B, ...], timesteps [B]."""
+    t = timesteps.reshape(-1, *[1] * (latents.ndim - 1))
+    return (1 - t) * latents + t * noise
+
+
+def target(latents: Tensor, noise: Tensor) -> Tensor:
+    """Returns the velocity dx_t/dt = eps - x_0, [B, ...]."""
+    return noise - latents
+
+
+def squared_error(params: Params, carry: dict, const: dict, ops: Ops) -> dict:
+    """The stage after the head: sum((v - target)^2) / denominator, in float32 or the input's type if wider."""
+    del params, ops
+    wide = at_least_float32(carry["img"].dtype)
+    return {"loss": (carry["img"].to(wide) - const["target"].to(wide)).square().sum() / const["denominator"]}
+
+
+def chain(cfg: flux.FluxConfig) -> tuple[flux.Stage, ...]:
+    """Returns the model's stages and, after them, the loss."""
+    return (*flux.chain(cfg), flux.Stage("loss", "loss", (), None, squared_error))
+
+
+def inputs(cfg: flux.FluxConfig, batch: Mapping[str, Tensor], denominator: float | None = None) -> tuple[dict, dict]:
+    """Returns the first carry and the const of `chain` for a batch; see `loss`."""
+    latents, noise, txt = batch["latents"], batch["noise"], batch["txt"]
+    if latents.ndim != 4 or latents.shape != noise.shape or any(side % 2 for side in latents.shape[2:]):
+        raise ValueError(
+            f"latents and noise should be one shape [B, c, h, w] with even h and w, "
+            f"they are {tuple(latents.shape)} and {tuple(noise.shape)}"
+        )
+    carry, const = flux.inputs(
+        cfg,
+        img=flux.patchify(interpolate(latents, noise, batch["timesteps"])),
+        img_ids=flux.image_ids(*latents.shape[2:], device=latents.device),
+        txt=txt,
+        txt_ids=flux.text_ids(txt.shape[1], device=txt.device),
+        timesteps=batch["timesteps"],
+        y=batch["y"],
+        guidance=batch.get("guidance"),
+    )
+    velocity = flux.patchify(target(latents, noise))
+    return carry, {**const, "target": velocity, "denominator": denominator or latents.numel()}
+
+
+def loss(
+    params: Params,
+    cfg: flux.FluxConfig,
+    batch: Mapping[str, Tensor],
+    ops: Ops = Ops(),  # noqa: B008 (frozen)
+    denominator: float | None = None,
+) -> Tensor:
+    """Returns the flow-matching loss, a scalar of float32 or wider: the mean squared error of the velocity.
+
+    Args:
+      params: the model's parameters.
+      cfg: the model.
+      batch: latents [B, 16, h, w], noise [B, 16, h, w], timesteps [B], txt [B, L, 4096], y [B, 768] and, for a model
+        with a guidance embedding, guidance [B].
+      ops: how linears and attention are done.
+      denominator: what the sum of squares is divided by; None: the number of latent elements. Micro-batches and
+        ranks give the whole batch's, so that their losses add up to its loss.
+
+    Raises:
+      ValueError: shapes that do not fit the model or each other.
+    """
+    carry, const = inputs(cfg, batch, denominator)
+    return flux.fold(chain(cfg), params, carry, const, ops)["loss"]

@@ -1,0 +1,92 @@
+"""The stages of FLUX: pure functions `(params, carry, const, ops) -> carry`, chained by `flux.chain`.
+
+After black-forest-labs/flux, `modules/layers.py`. The carry is what is differentiated:
+
+  into the stem   img [B, N, in_channels], txt [B, L, context_in_dim], y [B, vec_in_dim], timesteps [B], guidance [B]
+  double blocks   img [B, N, C], txt [B, L, C], vec [B, C]
+  single blocks   stream [B, L + N, C] (text first), vec [B, C]
+  out of the head img [B, N, out_channels]
+
+const holds what is not: `rope`, the rotary table of text and image, and `text_length`, L.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from flux_func.models import layers
+from flux_func.models.layers import Ops, Params
+
+TIME_FEATURES = 256
+
+
+def stem(params: Params, carry: dict, const: dict, ops: Ops) -> dict:
+    """Embeds patches, text and conditioning; everything after it is in the parameters' type."""
+    del const
+    dtype = params["img_in"]["weight"].dtype
+    features = functools.partial(layers.timestep_embedding, dim=TIME_FEATURES)
+    vec = layers.mlp_embedder(params["time_in"], features(carry["timesteps"]).to(dtype), ops, "time_in")
+    if "guidance_in" in params:
+        vec = vec + layers.mlp_embedder(
+            params["guidance_in"], features(carry["guidance"]).to(dtype), ops, "guidance_in"
+        )
+    vec = vec + layers.mlp_embedder(params["vector_in"], carry["y"].to(dtype), ops, "vector_in")
+    return {
+        "img": ops.linear(params["img_in"], carry["img"].to(dtype), "img_in"),
+        "txt": ops.linear(params["txt_in"], carry["txt"].to(dtype), "txt_in"),
+        "vec": vec,
+    }
+
+
+def double_block(params: Params, carry: dict, const: dict, ops: Ops, heads: int, eps: float) -> dict:
+    """Text and image through weights of their own, joined in attention."""
+    vec, streams, mods, qkv = carry["vec"], ("txt", "img"), {}, []
+    for name in streams:
+        path = f"double_blocks.{name}"
+        mods[name] = layers.modulation(params[f"{name}_mod"]["lin"], vec, 6, ops, f"{path}_mod.lin")
+        shift, scale = mods[name][:2]
+        attn = params[f"{name}_attn"]
+        x = ops.linear(attn["qkv"], layers.modulate(carry[name], shift, scale), f"{path}_attn.qkv")
+        q, k, v = layers.split_heads(x, heads)
+        qkv.append((*layers.qk_norm(attn["norm"], q, k, eps), v))
+    q, k, v = (torch.cat(parts, dim=2) for parts in zip(*qkv, strict=True))
+    mixed = ops.attention(layers.apply_rope(q, const["rope"]), layers.apply_rope(k, const["rope"]), v)
+    lengths = [carry[name].shape[1] for name in streams]
+    out = {"vec": vec}
+    for name, attended in zip(streams, mixed.split(lengths, dim=1), strict=True):
+        path = f"double_blocks.{name}"
+        _, _, gate1, shift2, scale2, gate2 = mods[name]
+        x = torch.addcmul(
+            carry[name], gate1, ops.linear(params[f"{name}_attn"]["proj"], attended, f"{path}_attn.proj")
+        )
+        hidden = layers.mlp(params[f"{name}_mlp"], layers.modulate(x, shift2, scale2), ops, f"{path}_mlp")
+        out[name] = torch.addcmul(x, gate2, hidden)
+    return out
+
+
+def join(params: Params, carry: dict, const: dict, ops: Ops) -> dict:
+    """Puts text before image in one stream."""
+    del params, const, ops
+    return {"stream": torch.cat([carry["txt"], carry["img"]], dim=1), "vec": carry["vec"]}
+
+
+def single_block(params: Params, carry: dict, const: dict, ops: Ops, heads: int, eps: float) -> dict:
+    """Attention and MLP side by side on the one stream (Dehghani et al. 2023, arXiv:2302.05442)."""
+    x, vec = carry["stream"], carry["vec"]
+    shift, scale, gate = layers.modulation(params["modulation"]["lin"], vec, 3, ops, "single_blocks.modulation.lin")
+    wide = ops.linear(params["linear1"], layers.modulate(x, shift, scale), "single_blocks.linear1")
+    qkv, hidden = wide.tensor_split([3 * x.shape[-1]], dim=-1)
+    q, k, v = layers.split_heads(qkv, heads)
+    q, k = layers.qk_norm(params["norm"], q, k, eps)
+    mixed = ops.attention(layers.apply_rope(q, const["rope"]), layers.apply_rope(k, const["rope"]), v)
+    both = torch.cat([mixed, F.gelu(hidden, approximate="tanh")], dim=-1)
+    return {"stream": torch.addcmul(x, gate, ops.linear(params["linear2"], both, "single_blocks.linear2")), "vec": vec}
+
+
+def head(params: Params, carry: dict, const: dict, ops: Ops) -> dict:
+    """The image's tokens, modulated once more, to velocities."""
+    x, final = carry["stream"][:, const["text_length"] :], params["final_layer"]
+    adaln = "final_layer.adaLN_modulation.1"
+    shift, scale = layers.modulation(final["adaLN_modulation"]["1"], carry["vec"], 2, ops, adaln)
+    return {"img": ops.linear(final["linear"], layers.modulate(x, shift, scale), "final_layer.linear")}

@@ -1,0 +1,350 @@
+"""FLUX: configuration, parameters, and the model as a chain of pure stages.
+
+After black-forest-labs/flux, `model.py`: the same names, so that the tree flattened by dots is BFL's state dict.
+A stage is `(params, carry, const) -> carry` (see `blocks.py`); the model is the fold of its stages over the input.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from flux_func import random, tree
+from flux_func.models import blocks, layers
+from flux_func.models.layers import Ops, Params
+
+
+@dataclass(frozen=True)
+class FluxConfig:
+    """The fields of BFL's FluxParams, and the epsilon of the query and key norms (torchtitan's is 1e-5)."""
+
+    hidden_size: int
+    num_heads: int
+    depth: int
+    depth_single_blocks: int
+    axes_dim: tuple[int, ...]
+    guidance_embed: bool = False
+    in_channels: int = 64
+    out_channels: int = 64
+    vec_in_dim: int = 768
+    context_in_dim: int = 4096
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    theta: int = 10_000
+    qk_norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} should be a multiple of num_heads {self.num_heads}")
+        if sum(self.axes_dim) != self.head_dim or any(dim % 2 for dim in self.axes_dim):
+            raise ValueError(f"axes_dim {self.axes_dim} should be even numbers that add up to {self.head_dim}")
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def mlp_size(self) -> int:
+        """Width of the blocks' hidden layer."""
+        return int(self.hidden_size * self.mlp_ratio)
+
+
+_FLUX = FluxConfig(hidden_size=3072, num_heads=24, depth=19, depth_single_blocks=38, axes_dim=(16, 56, 56))
+FLAVORS = {
+    "flux-dev": FluxConfig(**{**vars(_FLUX), "guidance_embed": True}),
+    "flux-schnell": _FLUX,
+    "flux-debug": FluxConfig(hidden_size=1536, num_heads=12, depth=2, depth_single_blocks=2, axes_dim=(16, 56, 56)),
+    "flux-digits": FluxConfig(hidden_size=256, num_heads=4, depth=2, depth_single_blocks=4, axes_dim=(16, 24, 24)),
+    "flux-tiny": FluxConfig(hidden_size=128, num_heads=8, depth=2, depth_single_blocks=2, axes_dim=(4, 6, 6)),
+}
+
+
+def flavor(name: str) -> FluxConfig:
+    """Returns the configuration of a flavor by its name; ValueError lists the names there are."""
+    if name not in FLAVORS:
+        raise ValueError(f"flavor {name!r} should be one of {', '.join(FLAVORS)}")
+    return FLAVORS[name]
+
+
+# Parameters: each leaf declared once, with its shape and how pre-training draws it.
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One parameter: its shape, and "xavier", "small" (normal, std 0.02), "zero" or "one"."""
+
+    shape: tuple[int, ...]
+    draw: str
+
+
+def _linear(fan_out: int, fan_in: int, draw: str = "xavier", bias: bool = True) -> Params:
+    weight = {"weight": Leaf((fan_out, fan_in), draw)}
+    return {**weight, "bias": Leaf((fan_out,), "zero")} if bias else weight
+
+
+def _embedder(size: int, fan_in: int, draw: str) -> Params:
+    return {"in_layer": _linear(size, fan_in, draw), "out_layer": _linear(size, size, draw)}
+
+
+def _qk_norm(cfg: FluxConfig) -> Params:
+    return {name: {"scale": Leaf((cfg.head_dim,), "one")} for name in ("query_norm", "key_norm")}
+
+
+def _stream(cfg: FluxConfig, name: str) -> Params:
+    size = cfg.hidden_size
+    return {
+        f"{name}_mod": {"lin": _linear(6 * size, size, "zero")},
+        f"{name}_attn": {
+            "qkv": _linear(3 * size, size, bias=cfg.qkv_bias),
+            "norm": _qk_norm(cfg),
+            "proj": _linear(size, size),
+        },
+        f"{name}_mlp": {"0": _linear(cfg.mlp_size, size), "2": _linear(size, cfg.mlp_size)},
+    }
+
+
+def _single(cfg: FluxConfig) -> Params:
+    size = cfg.hidden_size
+    return {
+        "linear1": _linear(3 * size + cfg.mlp_size, size),
+        "linear2": _linear(size, size + cfg.mlp_size),
+        "norm": _qk_norm(cfg),
+        "modulation": {"lin": _linear(3 * size, size, "zero")},
+    }
+
+
+def declare(cfg: FluxConfig) -> Params:
+    """Returns the tree of `Leaf`: every parameter of the model."""
+    size = cfg.hidden_size
+    guidance = {"guidance_in": _embedder(size, blocks.TIME_FEATURES, "small")} if cfg.guidance_embed else {}
+    return {
+        "img_in": _linear(size, cfg.in_channels),
+        "txt_in": _linear(size, cfg.context_in_dim),
+        "time_in": _embedder(size, blocks.TIME_FEATURES, "small"),
+        "vector_in": _embedder(size, cfg.vec_in_dim, "small"),
+        **guidance,
+        "double_blocks": [{**_stream(cfg, "img"), **_stream(cfg, "txt")} for _ in range(cfg.depth)],
+        "single_blocks": [_single(cfg) for _ in range(cfg.depth_single_blocks)],
+        "final_layer": {
+            "linear": _linear(cfg.out_channels, size, "zero"),
+            "adaLN_modulation": {"1": _linear(2 * size, size, "zero")},
+        },
+    }
+
+
+def abstract(cfg: FluxConfig, dtype: torch.dtype = torch.float32) -> Params:
+    """Returns the parameter tree on the meta device: shapes and types without memory."""
+    return tree.map(lambda leaf: torch.empty(leaf.shape, dtype=dtype, device="meta"), declare(cfg))
+
+
+def init(
+    cfg: FluxConfig,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    scheme: str = "pretrain",
+) -> Params:
+    """Returns freshly drawn parameters, a pure function of (seed, path) whatever the device.
+
+    Args:
+      cfg: the model.
+      seed: of the counted draws.
+      dtype, device: of every leaf; draws are made in float32 on the CPU.
+      scheme: "pretrain", as torchtitan and MLPerf start (Xavier-uniform linears, biases zero, time and vector
+        embedders normal of 0.02, modulations and the final layer zero, norms one), or "nonzero", in which nothing is
+        zero or one, so that no part of the model is invisible to a comparison.
+    """
+    if scheme not in ("pretrain", "nonzero"):
+        raise ValueError(f"scheme {scheme!r} should be 'pretrain' or 'nonzero'")
+    flat = tree.flatten(declare(cfg))
+    drawn = {path: _draw(leaf, seed, f"init/{path}", scheme).to(device, dtype) for path, leaf in flat.items()}
+    return tree.unflatten(drawn)
+
+
+def _draw(leaf: Leaf, seed: int, purpose: str, scheme: str) -> Tensor:
+    draw = leaf.draw
+    if scheme == "nonzero":
+        draw = "xavier" if len(leaf.shape) == 2 else {"one": "near_one", "zero": "small"}[draw]
+    if draw in ("zero", "one"):
+        return torch.full(leaf.shape, float(draw == "one"))
+    bound = (6 / sum(leaf.shape)) ** 0.5
+    out = np.empty(leaf.shape, dtype=np.float32)
+    # Blocks of rows with a generator each: any process can draw its own rows without the rows before.
+    rows = max(1, 2**20 // int(np.prod(leaf.shape[1:])))
+    for block, start in enumerate(range(0, leaf.shape[0], rows)):
+        part, rng = out[start : start + rows], random.generator(seed, purpose, block)
+        if draw == "xavier":
+            rng.random(out=part, dtype=np.float32)
+            part *= 2 * bound
+            part -= bound
+        else:
+            rng.standard_normal(out=part, dtype=np.float32)
+            part *= 0.02 if draw == "small" else 0.1
+            part += draw == "near_one"
+    return torch.from_numpy(out)
+
+
+# The chain.
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A pure function of (params, carry, const), and where its parameters are in the tree.
+
+    Attributes:
+      name: its place, such as "double_blocks.3"; the stages without a block are "stem", "join" and "head".
+      kind: what it shares code with, such as "double_blocks".
+      keys: the tree's top-level names that it owns; none for a stage without parameters.
+      index: its place in the list, where its key is a list.
+      fn: `(params, carry, const, ops) -> carry`.
+    """
+
+    name: str
+    kind: str
+    keys: tuple[str, ...]
+    index: int | None
+    fn: Callable[[Params, dict, dict, Ops], dict]
+
+    def select(self, params: Params) -> Params:
+        """Returns this stage's part of a tree shaped as the parameters."""
+        if self.index is not None:
+            return params[self.keys[0]][self.index]
+        return {key: params[key] for key in self.keys}
+
+    def place(self, params: Params, part: Params) -> None:
+        """Puts this stage's part into a tree that is being assembled in stage order (`select`'s inverse)."""
+        if self.index is None:
+            params.update(part)
+        else:
+            params.setdefault(self.keys[0], []).insert(self.index, part)
+
+
+def chain(cfg: FluxConfig) -> tuple[Stage, ...]:
+    """Returns the model's stages in the order of the forward pass."""
+    heads = cfg.num_heads
+    stem_keys = ("img_in", "txt_in", "time_in", "vector_in") + (("guidance_in",) if cfg.guidance_embed else ())
+
+    def block(kind: str, index: int, fn: Callable) -> Stage:
+        return Stage(f"{kind}.{index}", kind, (kind,), index, functools.partial(fn, heads=heads, eps=cfg.qk_norm_eps))
+
+    return (
+        Stage("stem", "stem", stem_keys, None, blocks.stem),
+        *(block("double_blocks", i, blocks.double_block) for i in range(cfg.depth)),
+        Stage("join", "join", (), None, blocks.join),
+        *(block("single_blocks", i, blocks.single_block) for i in range(cfg.depth_single_blocks)),
+        Stage("head", "head", ("final_layer",), None, blocks.head),
+    )
+
+
+def fold(stages: Sequence[Stage], params: Params, carry: dict, const: dict, ops: Ops) -> dict:
+    """Returns the carry after all stages: the forward pass."""
+    for stage in stages:
+        carry = bind(stage, ops)(stage.select(params), carry, const)
+    return carry
+
+
+def bind(stage: Stage, ops: Ops) -> Callable[[Params, dict, dict], dict]:
+    """Returns the stage as `(params, carry, const) -> carry`, done with `ops`."""
+    return ops.wrap_stage(functools.partial(stage.fn, ops=ops), stage)
+
+
+def inputs(
+    cfg: FluxConfig,
+    *,
+    img: Tensor,
+    img_ids: Tensor,
+    txt: Tensor,
+    txt_ids: Tensor,
+    timesteps: Tensor,
+    y: Tensor,
+    guidance: Tensor | None = None,
+) -> tuple[dict, dict]:
+    """Returns the chain's first carry and its const; see `apply` for the arguments and what is raised."""
+    if img.ndim != 3 or txt.ndim != 3:
+        raise ValueError(f"img and txt should be [B, L, C], they are {tuple(img.shape)} and {tuple(txt.shape)}")
+    batch = img.shape[0]
+    expected = {
+        "img": (img, (batch, img.shape[1], cfg.in_channels)),
+        "txt": (txt, (batch, txt.shape[1], cfg.context_in_dim)),
+        "timesteps": (timesteps, (batch,)),
+        "y": (y, (batch, cfg.vec_in_dim)),
+    }
+    if cfg.guidance_embed != (guidance is not None):
+        says = "has a guidance embedding: guidance [B] is needed" if cfg.guidance_embed else "takes no guidance"
+        raise ValueError(f"this model {says}")
+    if guidance is not None:
+        expected["guidance"] = (guidance, (batch,))
+    for name, (value, shape) in expected.items():
+        if tuple(value.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, it should be {shape}")
+    ids = torch.cat([txt_ids, img_ids], dim=1)
+    if ids.shape[1:] != (txt.shape[1] + img.shape[1], len(cfg.axes_dim)):
+        raise ValueError(
+            f"txt_ids {tuple(txt_ids.shape)} and img_ids {tuple(img_ids.shape)} should be [B or 1, L, "
+            f"{len(cfg.axes_dim)}] with the lengths of txt and img"
+        )
+    table = layers.rope(ids, cfg.axes_dim, cfg.theta, img.dtype)
+    return {name: value for name, (value, _) in expected.items()}, {"rope": table, "text_length": txt.shape[1]}
+
+
+def apply(
+    params: Params,
+    cfg: FluxConfig,
+    *,
+    img: Tensor,
+    img_ids: Tensor,
+    txt: Tensor,
+    txt_ids: Tensor,
+    timesteps: Tensor,
+    y: Tensor,
+    guidance: Tensor | None = None,
+    ops: Ops = Ops(),  # noqa: B008 (frozen)
+) -> Tensor:
+    """Returns the velocity [B, N, out_channels] of noisy patches: BFL's `Flux.forward`.
+
+    Args:
+      params: the tree of `init`.
+      cfg: the model.
+      img: patches [B, N, in_channels], see `patchify`.
+      img_ids: positions [B or 1, N, 3], see `image_ids`.
+      txt: T5's last hidden state [B, L, context_in_dim].
+      txt_ids: [B or 1, L, 3], all zero, see `text_ids`.
+      timesteps: [B] in [0, 1], 1 being noise.
+      y: CLIP's pooled output [B, vec_in_dim].
+      guidance: [B], where the model has a guidance embedding.
+      ops: how linears and attention are done.
+
+    Raises:
+      ValueError: a shape that does not fit, or guidance where the model takes none or the other way round.
+    """
+    carry, const = inputs(
+        cfg, img=img, img_ids=img_ids, txt=txt, txt_ids=txt_ids, timesteps=timesteps, y=y, guidance=guidance
+    )
+    return fold(chain(cfg), params, carry, const, ops)["img"]
+
+
+def patchify(latents: Tensor) -> Tensor:
+    """Returns 2x2 patches in BFL's order: [B, c, h, w] to [B, (h/2)*(w/2), c*4]."""
+    return rearrange(latents, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=2, pw=2)
+
+
+def unpatchify(patches: Tensor, height: int, width: int) -> Tensor:
+    """Returns latents [B, c, height, width] from patches [B, (height/2)*(width/2), c*4]."""
+    return rearrange(patches, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=height // 2, w=width // 2, ph=2, pw=2)
+
+
+def image_ids(height: int, width: int, device: torch.device | str | None = None) -> Tensor:
+    """Returns positions (0, row, column) [1, (height/2)*(width/2), 3] of the patches of latents height x width."""
+    rows, columns = torch.arange(height // 2, device=device), torch.arange(width // 2, device=device)
+    grid = torch.cartesian_prod(torch.zeros(1, dtype=rows.dtype, device=device), rows, columns)
+    return grid[None].to(torch.float32)
+
+
+def text_ids(length: int, device: torch.device | str | None = None) -> Tensor:
+    """Returns the positions [1, length, 3] of text tokens: all zero, their order is T5's affair."""
+    return torch.zeros(1, length, 3, device=device)

@@ -1,0 +1,137 @@
+"""The layers of FLUX as functions of (params, inputs), and `Ops`, the one door through which they vary.
+
+After black-forest-labs/flux, `modules/layers.py` and `math.py`. Shapes: B batch, L sequence, H heads, D head size,
+C = H * D hidden size.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+Params = dict[str, Any]
+Rope = tuple[Tensor, Tensor]
+
+
+def linear(params: Params, x: Tensor, path: str) -> Tensor:
+    """Returns x @ weight.T + bias.
+
+    Args:
+      params: weight [out, in] and, where the layer has one, bias [out].
+      x: [..., in], in the type of the weight.
+      path: the layer's name without its block's index (`double_blocks.img_attn.qkv`), for implementations of
+        `Ops.linear` that choose by pattern; the same for every block of a kind, so that one compiled stage serves all.
+    """
+    del path
+    return F.linear(x, params["weight"], params.get("bias"))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Returns softmax(q k^T / sqrt(D)) v of every token to every token; [B, H, L, D] each, to [B, L, H*D]."""
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "B H L D -> B L (H D)")
+
+
+def _same(fn: Callable, stage: Any) -> Callable:
+    del stage
+    return fn
+
+
+@dataclass(frozen=True)
+class Ops:
+    """How the model's operations are done: everything that varies without changing the model comes in here.
+
+    Attributes:
+      linear: `(params, x, path) -> y`, as `layers.linear`.
+      attention: `(q, k, v) -> [B, L, H*D]`, as `layers.attention`.
+      wrap_stage: `(fn, stage) -> fn` around each stage's `fn(params, carry, const) -> carry`.
+    """
+
+    linear: Callable[[Params, Tensor, str], Tensor] = linear
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor] = attention
+    wrap_stage: Callable[[Callable, Any], Callable] = _same
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Returns float32 or `dtype`, whichever is wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def layer_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """Returns x with mean 0 and variance 1 over its last dimension, without scale or bias; [..., C]."""
+    # group_norm of one group is layer norm, and F.layer_norm's own is wrong under grad(jvp) and jvp(jvp) in torch 2.13.
+    return F.group_norm(x.reshape(-1, x.shape[-1]), 1, eps=eps).view(x.shape)
+
+
+def rms_norm(params: Params, x: Tensor, eps: float) -> Tensor:
+    """Returns x / sqrt(mean(x^2) + eps) * scale over the last dimension; [..., D], scale [D]."""
+    return F.rms_norm(x, x.shape[-1:], params["scale"], eps)
+
+
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0, time_factor: float = 1000.0) -> Tensor:
+    """Returns sinusoidal features [B, dim] of t [B], cosines first, in float32 or t's type, whichever is wider."""
+    t = time_factor * t.to(at_least_float32(t.dtype))
+    half = dim // 2
+    omega = torch.exp(-math.log(max_period) * torch.arange(half, dtype=t.dtype, device=t.device) / half)
+    angle = t[:, None] * omega
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def rope(ids: Tensor, axes_dim: tuple[int, ...], theta: int, dtype: torch.dtype = torch.float32) -> Rope:
+    """Returns the rotary table of position ids [B, L, len(axes_dim)] (Su et al. 2021, one share of D per axis).
+
+    Returns:
+      cosines and signed sines, each [B, 1, L, D], in `dtype` but never below float32. Angles are taken in float64,
+      since a large position times a rounded frequency would lose digits.
+    """
+    angles = []
+    for axis, dim in enumerate(axes_dim):
+        omega = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=ids.device) / dim)
+        angles.append(ids[..., axis, None].to(torch.float64) * omega)
+    angle = torch.cat(angles, dim=-1)[:, None, :, :, None]
+    cos, sin = angle.cos().expand(*angle.shape[:-1], 2), torch.cat([-angle.sin(), angle.sin()], dim=-1)
+    return tuple(part.flatten(-2).to(at_least_float32(dtype)) for part in (cos, sin))
+
+
+def apply_rope(x: Tensor, table: Rope) -> Tensor:
+    """Returns x [B, H, L, D] with each pair (x[2i], x[2i+1]) turned by its angle; computed in the table's type."""
+    cos, sin = table
+    wide = x.to(torch.promote_types(x.dtype, cos.dtype))
+    swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(wide * cos, swapped, sin).to(x.dtype)
+
+
+def mlp_embedder(params: Params, x: Tensor, ops: Ops, path: str) -> Tensor:
+    """Returns out_layer(silu(in_layer(x))); [B, in] to [B, C]."""
+    hidden = F.silu(ops.linear(params["in_layer"], x, f"{path}.in_layer"))
+    return ops.linear(params["out_layer"], hidden, f"{path}.out_layer")
+
+
+def modulation(params: Params, vec: Tensor, parts: int, ops: Ops, path: str) -> tuple[Tensor, ...]:
+    """Returns `parts` tensors [B, 1, C] (shift, scale, gate, ...) from the conditioning vec [B, C]."""
+    return ops.linear(params, F.silu(vec), path)[:, None, :].chunk(parts, dim=-1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Returns (1 + scale) * layer_norm(x) + shift; x [B, L, C], shift and scale [B, 1, C]."""
+    return torch.addcmul(shift, layer_norm(x), 1 + scale)
+
+
+def split_heads(qkv: Tensor, heads: int) -> Tensor:
+    """Returns q, k and v, stacked on a new first axis: [B, L, 3*H*D] to [3, B, H, L, D]."""
+    return rearrange(qkv, "B L (K H D) -> K B H L D", K=3, H=heads)
+
+
+def qk_norm(params: Params, q: Tensor, k: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Returns query and key [B, H, L, D], each RMS-normalized over D."""
+    return rms_norm(params["query_norm"], q, eps), rms_norm(params["key_norm"], k, eps)
+
+
+def mlp(params: Params, x: Tensor, ops: Ops, path: str) -> Tensor:
+    """Returns linear(gelu(linear(x))), the tanh form of GELU; [B, L, C] to [B, L, C]."""
+    hidden = F.gelu(ops.linear(params["0"], x, f"{path}.0"), approximate="tanh")
+    return ops.linear(params["2"], hidden, f"{path}.2")

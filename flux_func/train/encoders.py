@@ -1,0 +1,76 @@
+"""The frozen encoders of a run: images to latents and back, captions to embeddings."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import ml_collections
+import numpy as np
+import torch
+from torch import Tensor
+
+from flux_func.errors import UserError
+from flux_func.models import autoencoder, text
+
+Tokens = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """What turns data into the model's inputs, weights included.
+
+    Attributes:
+      tokenize: captions to {"t5": int64 [B, L], "clip": int64 [B, K]}; picklable, for data workers.
+      encode_text: those tokens to (txt [B, L, 4096], y [B, 768]).
+      encode_image: (images [B, 3, H, W] in [-1, 1], standard normal noise like the latents or None) to
+        latents [B, 16, H/8, W/8].
+      decode: latents to images.
+      posterior_noise: whether `encode_image` is to be given noise in training.
+    """
+
+    tokenize: Callable[[list[str]], Tokens]
+    encode_text: Callable[[Tokens], tuple[Tensor, Tensor]]
+    encode_image: Callable[[Tensor, Tensor | None], Tensor]
+    decode: Callable[[Tensor], Tensor]
+    posterior_noise: bool
+
+
+def build(config: ml_collections.ConfigDict, device: torch.device) -> Encoders:
+    """Returns the encoders that a config names, loaded to `device`; UserError where their files do not serve."""
+    text_cfg = text.TextConfig(
+        kind=config.text.kind,
+        path=config.text.path,
+        max_length=config.text.max_length,
+        random_init=config.text.random_init,
+    )
+    image_params, image_cfg = _autoencoder(config, device)
+    try:
+        tokenize = text.tokenizer(text_cfg)
+        text_params = text.load(text_cfg, device=device)
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+
+    @torch.no_grad()
+    def encode_text(tokens: Tokens) -> tuple[Tensor, Tensor]:
+        txt, y = text.encode(text_params, text_cfg, tokens)
+        return txt.to(device), y.to(device)
+
+    @torch.no_grad()
+    def encode_image(images: Tensor, noise: Tensor | None) -> Tensor:
+        return autoencoder.encode(image_params, image_cfg, images.to(device), noise)
+
+    @torch.no_grad()
+    def decode(latents: Tensor) -> Tensor:
+        return autoencoder.decode(image_params, image_cfg, latents)
+
+    sampled = config.autoencoder.kind == "kl" and config.autoencoder.sample
+    return Encoders(tokenize, encode_text, encode_image, decode, sampled)
+
+
+def _autoencoder(config: ml_collections.ConfigDict, device: torch.device):
+    if config.autoencoder.kind == "kl" and config.autoencoder.path:
+        try:
+            return autoencoder.load(config.autoencoder.path, device=device)
+        except (ValueError, OSError) as error:
+            raise UserError(f"autoencoder.path is {config.autoencoder.path!r}: {error}") from error
+    cfg = autoencoder.AutoencoderConfig(kind=config.autoencoder.kind)
+    return autoencoder.init(cfg, seed=config.train.seed, device=device), cfg
