@@ -55,7 +55,8 @@ def double_block(params: Params, carry: dict, const: dict, ops: Ops, heads: int,
     lengths = [carry[name].shape[1] for name in streams]
     out = {"vec": vec}
     for name, attended in zip(streams, mixed.split(lengths, dim=1), strict=True):
-        path = f"double_blocks.{name}"
+        # One layout, one kernel: F.linear takes another for strided input without gradients, and other bits come out.
+        path, attended = f"double_blocks.{name}", attended.contiguous()
         _, _, gate1, shift2, scale2, gate2 = mods[name]
         x = torch.addcmul(
             carry[name], gate1, ops.linear(params[f"{name}_attn"]["proj"], attended, f"{path}_attn.proj")

@@ -6,11 +6,12 @@ runs the stage again on the way back (Griewank & Walther 2000; Chen et al. 2016,
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from flux_func import tree
 from flux_func.flow import path
@@ -30,13 +31,11 @@ def autograd_vjp(fn: Callable, *primals: tree.Tree) -> tuple[Any, Pull]:
     detached = tree.map(lambda leaf: leaf.detach().requires_grad_(), primals)
     with torch.enable_grad():
         out = fn(*detached)
+    # An edge into the graph does not keep the output alive, which nothing else may need.
+    edges = [get_gradient_edge(leaf) if leaf.requires_grad else None for leaf in tree.leaves(out)]
 
     def pull(cotangent: tree.Tree) -> tuple:
-        pairs = [
-            (leaf, grad)
-            for leaf, grad in zip(tree.leaves(out), tree.leaves(cotangent), strict=True)
-            if leaf.requires_grad
-        ]
+        pairs = [(edge, grad) for edge, grad in zip(edges, tree.leaves(cotangent), strict=True) if edge]
         outs, grads = zip(*pairs, strict=True)
         wanted = iter(torch.autograd.grad(outs, tree.leaves(detached), grads, materialize_grads=True))
         return tree.map(lambda leaf: next(wanted), detached)
@@ -84,16 +83,16 @@ def grad_and_value(
         raise ValueError(f"remat {remat!r} should be one of {', '.join(map(repr, REMAT))}")
     vjp, pulls = REMAT[remat](vjp), []
     carry, const = path.inputs(cfg, batch, denominator)
-    for stage in path.chain(cfg):
-        run, part = functools.partial(flux.bind(stage, ops), const=const), stage.select(params)
+    for unit in _units(path.chain(cfg)):
+        run, part = functools.partial(_run, unit, ops, const), unit[0].select(params)
         if pulls:
             carry, pull = vjp(run, part, carry)
         else:
             # The batch itself is not differentiated: the first stage is a function of its parameters alone.
             carry, pull = vjp(functools.partial(run, carry=carry), part)
-        pulls.append((stage, pull))
+        pulls.append((unit[0], pull))
     loss, cotangent, grads = carry["loss"], {"loss": torch.ones_like(carry["loss"])}, {}
-    del carry, pull
+    del carry, const, run, pull
     while pulls:
         stage, pull = pulls.pop()
         part, *rest = pull(cotangent)
@@ -101,6 +100,23 @@ def grad_and_value(
         del pull
         stage.place(grads, part if into is None else _add(stage.select(into), part))
     return {key: grads[key] for key in params}, loss.detach()
+
+
+def _units(stages: Sequence[flux.Stage]) -> list[list[flux.Stage]]:
+    """Groups each stage with those without parameters after it: alone they would only keep their input alive."""
+    units: list[list[flux.Stage]] = []
+    for stage in stages:
+        if stage.keys:
+            units.append([stage])
+        else:
+            units[-1].append(stage)
+    return units
+
+
+def _run(unit: list[flux.Stage], ops: Ops, const: dict, part: Params, carry: dict) -> dict:
+    for stage in unit:
+        carry = flux.bind(stage, ops)(part if stage.keys else {}, carry, const)
+    return carry
 
 
 def _add(total: Params, part: Params) -> Params:

@@ -1,5 +1,7 @@
 """The train state: one tree of parameters, optimizer state and, where it is kept, their moving average."""
 
+import dataclasses
+
 import ml_collections
 import torch
 
@@ -12,8 +14,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def model_config(config: ml_collections.ConfigDict) -> flux.FluxConfig:
     """Returns the model that `config.model` names."""
-    import dataclasses
-
     cfg = flux.flavor(config.model.flavor)
     embed = config.model.guidance_embed
     return cfg if embed is None else dataclasses.replace(cfg, guidance_embed=embed)

@@ -40,7 +40,11 @@ def encode(batch: Mapping[str, Any], encoders: Encoders, device: torch.device) -
 
 
 def train_batch(
-    batch: Mapping[str, Any], encoders: Encoders, config: ml_collections.ConfigDict, device: torch.device
+    batch: Mapping[str, Any],
+    encoders: Encoders,
+    config: ml_collections.ConfigDict,
+    cfg: flux.FluxConfig,
+    device: torch.device,
 ) -> dict[str, Tensor]:
     """Returns the batch of `ff.loss`: the encoded data with each sample's timestep and, if asked for, guidance."""
     size = config.train.batch_size
@@ -49,15 +53,9 @@ def train_batch(
     if config.train.shift:
         t = timesteps.shift(t, timesteps.shift_mu((config.data.image_size // 16) ** 2))
     out = {**encode(batch, encoders, device), "timesteps": t.to(device, torch.float32)}
-    if guided(config):
+    if cfg.guidance_embed:
         out["guidance"] = torch.full_like(out["timesteps"], config.train.guidance)
     return out
-
-
-def guided(config: ml_collections.ConfigDict) -> bool:
-    """Returns whether the run's model has a guidance embedding."""
-    chosen = config.model.guidance_embed
-    return flux.flavor(config.model.flavor).guidance_embed if chosen is None else chosen
 
 
 def train_step(
@@ -82,7 +80,7 @@ def train_step(
     grads, loss, ops = None, 0.0, make_ops(config)
     elements = batch["noise"].size
     for micro in micro_batches(batch, config.train.accumulate):
-        inputs = train_batch(micro, encoders, config, device)
+        inputs = train_batch(micro, encoders, config, cfg, device)
         grads, part = fold.grad_and_value(
             state["params"], cfg, inputs, ops, config.remat.policy, denominator=elements, into=grads
         )

@@ -1,0 +1,61 @@
+"""Dotted paths: flatten and unflatten are inverse, patterns match whole paths, misuse is named."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flux_func import tree
+
+KEYS = st.text("abcxyz_012", min_size=1, max_size=5)
+LEAVES = st.integers()
+SUBTREES = st.recursive(LEAVES, lambda children: st.dictionaries(KEYS, children, min_size=1, max_size=3), max_leaves=6)
+TREES = st.dictionaries(KEYS, SUBTREES, min_size=1, max_size=3).flatmap(
+    lambda rest: st.lists(st.dictionaries(KEYS, LEAVES, min_size=1, max_size=2), min_size=1, max_size=12).map(
+        lambda blocks: {**rest, "double_blocks": blocks}
+    )
+)
+
+
+@given(TREES)
+@settings(max_examples=50, deadline=None)
+def test_unflatten_is_the_inverse_of_flatten(nested):
+    flat = tree.flatten(nested)
+    assert tree.unflatten(flat) == nested
+    assert tree.unflatten(dict(reversed(flat.items()))) == nested
+    assert list(flat.values()) == tree.leaves(nested)
+
+
+def test_paths_are_keys_joined_by_dots():
+    nested = {"double_blocks": [{"img_mlp": {"0": 1, "2": 2}}], "img_in": {"bias": 3}}
+    assert tree.flatten(nested) == {
+        "double_blocks.0.img_mlp.0": 1,
+        "double_blocks.0.img_mlp.2": 2,
+        "img_in.bias": 3,
+    }
+
+
+def test_map_takes_leaves_of_the_same_place():
+    assert tree.map(lambda a, b: a - b, {"a": [3, 4]}, {"a": [1, 1]}) == {"a": [2, 3]}
+    with pytest.raises(ValueError):
+        tree.map(lambda a, b: a, {"a": 1}, {"b": 1})
+
+
+@pytest.mark.parametrize(
+    "flat", [{"a": 1, "a.b": 2}, {"a.b": 1, "a": 2}, {"double_blocks.0": 1, "double_blocks.2": 1}]
+)
+def test_unflatten_refuses_what_is_no_tree(flat):
+    with pytest.raises(ValueError, match="tree path"):
+        tree.unflatten(flat)
+
+
+def test_first_matching_pattern_wins():
+    assert tree.match(["*.bias", "img_in.*"], "img_in.bias") == "*.bias"
+    assert tree.match(["*.bias", "img_in.*"], "img_in.weight") == "img_in.*"
+    assert tree.match(["img_in"], "img_in.weight") is None
+
+
+def test_select_lists_the_nearest_paths_of_a_pattern_that_fits_none():
+    nested = {"img_in": {"weight": 1, "bias": 2}, "txt_in": {"weight": 3}}
+    assert tree.select(nested, ["*.weight"]) == {"img_in.weight": 1, "txt_in.weight": 3}
+    with pytest.raises(ValueError, match="img_in.weight"):
+        tree.select(nested, ["img_inn.weight"])
