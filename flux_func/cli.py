@@ -1,5 +1,6 @@
 """What every program shares: flags are parsed, `main` runs, and a user's error is one line and exit code 2."""
 
+import functools
 import os
 import signal
 import sys
@@ -23,12 +24,15 @@ def define_config(required: bool = True) -> flags.FlagHolder:
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Runs a program: `main(argv)` under absl; UserError and flag errors print one line and exit with 2."""
     try:
-        app.run(main, flags_parser=_parse)
+        app.run(main, flags_parser=functools.partial(_parse, main))
     except UserError as error:
         _fail(error)
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _parse(main: Callable, argv: list[str]) -> list[str]:
+    if {"--help", "-help", "-h", "--helpshort"} & set(argv[1:]):
+        print(usage(main))
+        sys.exit(0)
     _check_config_path(argv)
     try:
         rest = flags.FLAGS(argv)
@@ -40,6 +44,22 @@ def _parse(argv: list[str]) -> list[str]:
     if len(rest) > 1:
         _fail(f"argument {rest[1]!r} is not a flag; flags start with --")
     return rest
+
+
+def usage(main: Callable) -> str:
+    """Returns what --help prints: the program's docstring and its flags."""
+    ours = [
+        flag
+        for module, defined in flags.FLAGS.flags_by_module_dict().items()
+        if module.startswith("flux_func.") or module == sys.argv[0]
+        for flag in defined
+    ]
+    lines = [f"  --{flag.name}: {flag.help}{_default(flag)}" for flag in sorted(ours, key=lambda flag: flag.name)]
+    return "\n".join([(main.__globals__["__doc__"] or "").strip(), "", "flags:", *lines])
+
+
+def _default(flag: flags.Flag) -> str:
+    return f" (default: {flag.default})" if flag.default not in (None, [], "") else ""
 
 
 def _check_config_path(argv: list[str]) -> None:
@@ -56,6 +76,21 @@ def _fail(message: object) -> None:
     line = " ".join(str(message).split())
     print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def define_device() -> flags.FlagHolder:
+    """Defines --device; see `choose_device`."""
+    return flags.DEFINE_enum("device", "auto", ["auto", "cpu", "cuda"], "What to compute on; auto: cuda where it is.")
+
+
+def choose_device(name: str) -> "torch.device":
+    """Returns the device that --device names; UserError for a cuda that is not there."""
+    import torch
+
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise UserError("--device is 'cuda': torch finds no such device here; use --device=cpu")
+    return torch.device(name if name != "auto" else "cuda" if there else "cpu")
 
 
 def stop_requested() -> Callable[[], str]:

@@ -40,9 +40,7 @@ def test_map_takes_leaves_of_the_same_place():
         tree.map(lambda a, b: a, {"a": 1}, {"b": 1})
 
 
-@pytest.mark.parametrize(
-    "flat", [{"a": 1, "a.b": 2}, {"a.b": 1, "a": 2}, {"double_blocks.0": 1, "double_blocks.2": 1}]
-)
+@pytest.mark.parametrize("flat", [{"a": 1, "a.b": 2}, {"a.b": 1, "a": 2}, {"double_blocks.0": 1, "double_blocks.2": 1}])
 def test_unflatten_refuses_what_is_no_tree(flat):
     with pytest.raises(ValueError, match="tree path"):
         tree.unflatten(flat)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flux_func.errors import UserError
 from flux_func.models import autoencoder, text
+from flux_func.models.flux import FluxConfig
 
 Tokens = Mapping[str, np.ndarray]
 
@@ -34,18 +35,28 @@ class Encoders:
     posterior_noise: bool
 
 
-def build(config: ml_collections.ConfigDict, device: torch.device) -> Encoders:
-    """Returns the encoders that a config names, loaded to `device`; UserError where their files do not serve."""
+def build(config: ml_collections.ConfigDict, cfg: FluxConfig, device: torch.device) -> Encoders:
+    """Returns the encoders that a config names, loaded to `device`.
+
+    Raises:
+      UserError: files that are missing or do not serve, or whose widths are not those of the model `cfg`.
+    """
     text_cfg = text.TextConfig(
         kind=config.text.kind,
         path=config.text.path,
         max_length=config.text.max_length,
         random_init=config.text.random_init,
+        context_dim=cfg.context_in_dim,
+        vec_dim=cfg.vec_in_dim,
     )
     image_params, image_cfg = _autoencoder(config, device)
     try:
+        widths = text.widths(text_cfg)
+        if widths != (cfg.context_in_dim, cfg.vec_in_dim):
+            remedy = f"{config.model.flavor} takes {cfg.context_in_dim} and {cfg.vec_in_dim}"
+            raise UserError(f"text.path is {config.text.path!r}: T5 and CLIP are {widths} wide, {remedy}")
         tokenize = text.tokenizer(text_cfg)
-        text_params = text.load(text_cfg, device=device)
+        text_params = text.load(text_cfg, seed=config.train.seed, device=device)
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
 

@@ -7,6 +7,7 @@ import torch
 
 from flux_func import tree
 from flux_func.models import flux
+from flux_func.models.layers import Params
 from flux_func.train.optimizer import Optimizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -28,10 +29,17 @@ def create(config: ml_collections.ConfigDict, optimizer: Optimizer, device: torc
         device=device,
         scheme=config.model.init,
     )
+    return _around(params, config, optimizer)
+
+
+def abstract(config: ml_collections.ConfigDict, optimizer: Optimizer) -> dict:
+    """Returns the same tree on the meta device: shapes and types without memory."""
+    return _around(flux.abstract(model_config(config), DTYPES[config.numerics.param]), config, optimizer)
+
+
+def _around(params: Params, config: ml_collections.ConfigDict, optimizer: Optimizer) -> dict:
     state = {"params": params, "opt": optimizer.init(params)}
-    if config.ema.decay:
-        state["ema"] = tree.map(torch.clone, params)
-    return state
+    return {**state, "ema": tree.map(torch.clone, params)} if config.ema.decay else state
 
 
 def averaged(state: dict) -> dict:

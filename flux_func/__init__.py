@@ -1,0 +1,30 @@
+"""FLUX as pure functions over parameter pytrees: `import flux_func as ff`."""
+
+from flux_func import tree
+from flux_func.flow.path import loss
+from flux_func.flow.sampler import sample
+from flux_func.models import autoencoder, text
+from flux_func.models.flux import FLAVORS, FluxConfig, Stage, abstract, apply, chain, flavor, init
+from flux_func.models.layers import Ops
+from flux_func.parallel.fold import grad_and_value
+from flux_func.train import optimizer
+
+__version__ = "0.1.0"
+__all__ = [
+    "FLAVORS",
+    "FluxConfig",
+    "Ops",
+    "Stage",
+    "abstract",
+    "apply",
+    "autoencoder",
+    "chain",
+    "flavor",
+    "grad_and_value",
+    "init",
+    "loss",
+    "optimizer",
+    "sample",
+    "text",
+    "tree",
+]

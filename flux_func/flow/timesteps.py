@@ -1,0 +1,93 @@
+"""Timesteps: from counted uniform draws in training, and as a schedule in sampling. t = 1 is noise, t = 0 the image."""
+
+import math
+
+import torch
+from torch import Tensor
+
+# mu of the shift at two image lengths, in tokens; linear between them and beyond (FLUX's own choice).
+SHIFT_TOKENS = (256, 4096)
+SHIFT_MU = (0.5, 1.15)
+
+
+def uniform(u: Tensor) -> Tensor:
+    """Returns t = u, as FLUX is trained by torchtitan; u [B] in [0, 1)."""
+    return u
+
+
+def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """Returns t whose logit is normal (Esser et al. 2024, arXiv:2403.03206), by its quantile function.
+
+    Args:
+      u: uniform draws [B] in [0, 1), float32 or float64.
+      mean, std: of the logit.
+
+    Returns:
+      t [B] in the type of u, strictly between 0 and 1.
+    """
+    info = torch.finfo(u.dtype)
+    below_one = 1 - info.eps / 2
+    # The quantiles of 0 and 1 are infinite: the first cell of the draws' grid is taken at its middle.
+    logit = mean + std * torch.special.ndtri(u.clamp(info.eps / 4, below_one))
+    return logit.sigmoid().clamp(info.tiny, below_one)
+
+
+def stratified(u: Tensor, index: Tensor | int, batch_size: int) -> Tensor:
+    """Returns t uniform in the index-th of batch_size equal strata of [0, 1], so that a batch covers them all.
+
+    Args:
+      u: uniform draws [B] in [0, 1).
+      index: each sample's place in the global batch, [B] or one integer, in [0, batch_size).
+      batch_size: samples in the global batch.
+    """
+    return (index + u) / batch_size
+
+
+def sample(kind: str, u: Tensor, index: Tensor | int = 0, batch_size: int = 1) -> Tensor:
+    """Returns training timesteps [B] of a kind: "uniform", "logit_normal" or "stratified".
+
+    Args:
+      kind: the distribution.
+      u: uniform draws [B] in [0, 1), one per sample, counted by its position.
+      index, batch_size: of `stratified`; the others do not look at them.
+
+    Raises:
+      ValueError: no such kind.
+    """
+    if kind == "uniform":
+        return uniform(u)
+    if kind == "logit_normal":
+        return logit_normal(u)
+    if kind == "stratified":
+        return stratified(u, index, batch_size)
+    raise ValueError(f"timesteps {kind!r} should be 'uniform', 'logit_normal' or 'stratified'")
+
+
+def shift_mu(image_tokens: float) -> float:
+    """Returns the shift's mu for an image of this many tokens (2x2 latent patches): 0.5 at 256, 1.15 at 4096."""
+    (tokens, last_tokens), (mu, last_mu) = SHIFT_TOKENS, SHIFT_MU
+    return mu + (last_mu - mu) * (image_tokens - tokens) / (last_tokens - tokens)
+
+
+def shift(t: Tensor, mu: float) -> Tensor:
+    """Returns e^mu / (e^mu + 1/t - 1): timesteps in [0, 1] moved towards noise, the more the larger mu is.
+
+    Written so that 0 stays exactly 0 and 1 exactly 1, with finite derivatives at both.
+    """
+    return t / (t + math.exp(-mu) * (1 - t))
+
+
+def schedule(steps: int, image_tokens: float | None) -> Tensor:
+    """Returns the sampler's timesteps [steps + 1], float64, from exactly 1 to exactly 0.
+
+    Args:
+      steps: Euler steps, at least 1.
+      image_tokens: what the resolution-dependent shift goes by; None leaves the steps equal, as schnell is sampled.
+
+    Raises:
+      ValueError: steps below 1.
+    """
+    if steps < 1:
+        raise ValueError(f"steps {steps} should be at least 1")
+    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    return t if image_tokens is None else shift(t, shift_mu(image_tokens))

@@ -1,0 +1,347 @@
+"""Captions to what FLUX is told: a sequence `txt` (T5's last hidden state) and a vector `y` (CLIP's pooled output).
+
+`hf` runs transformers' T5 encoder and CLIP text model as functions of a parameter tree, T5 as a chain of stages.
+`hash` needs no weights: each word's hash seeds its embedding, so equal words are equal vectors and unequal words
+nearly orthogonal ones.
+"""
+
+import contextlib
+import functools
+import hashlib
+import inspect
+import os
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+
+from flux_func import random, tree
+
+Params = dict[str, Any]
+Tokens = Mapping[str, np.ndarray | Tensor]
+Stage = Callable[[Params, dict, dict], dict]
+
+# The tree's two branches: folder, model_type in config.json and class of the model; folder of the tokenizer and the
+# files of which one holds its vocabulary.
+_PARTS = {
+    "t5": ("text_encoder_2", "t5", "T5EncoderModel", "tokenizer_2", ("tokenizer.json", "spiece.model")),
+    "clip": ("text_encoder", "clip_text_model", "CLIPTextModel", "tokenizer", ("tokenizer.json", "vocab.json")),
+}
+_PADDING = 0
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Which text encoders, and the lengths of their sequences.
+
+    Attributes:
+      kind: "hash" or "hf".
+      path: hf: a folder with text_encoder, text_encoder_2, tokenizer and tokenizer_2, as diffusers lays it out, or
+        the name of such a repository in the hub's cache on this machine.
+      max_length: tokens of the T5 sequence.
+      clip_length: tokens of the CLIP sequence.
+      random_init: hf: random weights, from the config.json files alone.
+      context_dim, vec_dim: hash: widths of txt and y. Those of hf are the models' own; see `widths`.
+    """
+
+    kind: str = "hash"
+    path: str = ""
+    max_length: int = 256
+    clip_length: int = 77
+    random_init: bool = False
+    context_dim: int = 4096
+    vec_dim: int = 768
+
+    def __post_init__(self):
+        if self.kind not in ("hash", "hf"):
+            raise ValueError(f"kind {self.kind!r} should be 'hash' or 'hf'")
+
+
+def widths(cfg: TextConfig) -> tuple[int, int]:
+    """Returns the widths of txt and y; ValueError as `load` where config.json files do not serve."""
+    if cfg.kind == "hash":
+        return cfg.context_dim, cfg.vec_dim
+    return _config(cfg, "t5").d_model, _config(cfg, "clip").hidden_size
+
+
+def tokenizer(cfg: TextConfig) -> Callable[[list[str]], dict[str, np.ndarray]]:
+    """Returns `tokenize(captions)`, picklable, to {"t5": int64 [B, max_length], "clip": int64 [B, clip_length]}.
+
+    Longer captions are cut, shorter ones padded, to the whole length, as FLUX was trained. For `hash` a token is a
+    word's hash and 0 is padding.
+
+    Raises:
+      ValueError: naming text.path, where a tokenizer is missing there or cannot be read.
+    """
+    if cfg.kind == "hash":
+        return functools.partial(_hash_tokens, max_length=cfg.max_length, clip_length=cfg.clip_length)
+    return functools.partial(
+        _hf_tokens, _hf_tokenizer(cfg, "t5"), _hf_tokenizer(cfg, "clip"), cfg.max_length, cfg.clip_length
+    )
+
+
+def load(
+    cfg: TextConfig, seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Params:
+    """Returns {"t5": ..., "clip": ...}, leaves by transformers' own names, tied ones once; {} for `hash`.
+
+    Args:
+      cfg: the encoders.
+      seed: of random weights, which are transformers' own initialization.
+      dtype, device: of every leaf.
+
+    Raises:
+      ValueError: naming text.path, where files are missing there, cannot be read or lack tensors.
+    """
+    if cfg.kind == "hash":
+        return {}
+    params = {}
+    for part in _PARTS:
+        model = _random(cfg, part, seed) if cfg.random_init else _pretrained(cfg, part, dtype)
+        leaves = {path: leaf.detach().to(device, dtype) for path, leaf in model.named_parameters()}
+        params[part] = tree.unflatten(leaves)
+    return params
+
+
+@torch.no_grad()
+def encode(params: Params, cfg: TextConfig, tokens: Tokens, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Returns (txt [B, L, context], y [B, vec]), without gradients.
+
+    Args:
+      params: the tree of `load`.
+      cfg: the encoders.
+      tokens: {"t5": int64 [B, L], "clip": int64 [B, K]} of `tokenizer`. Nothing is masked: padding is attended to,
+        as in FLUX's training.
+      dtype: of the result; None: the parameters', and float32 for `hash`.
+    """
+    if cfg.kind == "hash":
+        txt, y = _hash_encode(cfg, tokens)
+    else:
+        device = tree.leaves(params)[0].device
+        ids = {part: torch.as_tensor(tokens[part], device=device) for part in _PARTS}
+        txt, y = _t5(params["t5"], cfg, ids["t5"]), _clip(params["clip"], cfg, ids["clip"])
+    return txt.to(dtype or txt.dtype), y.to(dtype or y.dtype)
+
+
+# hash
+
+
+def words(caption: str) -> list[str]:
+    """Returns the words of a caption in lower case; each mark of punctuation and each symbol is a word of its own.
+
+    Letters, accents and digits of any script hold together (Unicode categories L, M and N, after NFKC).
+    """
+
+    def spaced(character: str) -> str:
+        kind = unicodedata.category(character)[0]
+        return character if kind in "LMN" else f" {character} " if kind in "PS" else " "
+
+    return "".join(map(spaced, unicodedata.normalize("NFKC", caption).lower())).split()
+
+
+def word_id(word: str) -> int:
+    """Returns a word's token: its BLAKE2b hash as an int64 that is not 0, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little", signed=True) or 1
+
+
+def _hash_tokens(captions: list[str], max_length: int, clip_length: int) -> dict[str, np.ndarray]:
+    rows = [[word_id(word) for word in words(caption)] for caption in captions]
+    return {"t5": _padded(rows, max_length), "clip": _padded(rows, clip_length)}
+
+
+def _padded(rows: list[list[int]], length: int) -> np.ndarray:
+    out = np.full((len(rows), length), _PADDING, dtype=np.int64)
+    for row, ids in zip(out, rows, strict=True):
+        row[: len(ids)] = ids[:length]
+    return out
+
+
+def _hash_encode(cfg: TextConfig, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    txt = _vectors(tokens["t5"], "text.t5", cfg.context_dim)
+    each = _vectors(tokens["clip"], "text.clip", cfg.vec_dim)
+    count = (torch.as_tensor(tokens["clip"]) != _PADDING).sum(dim=1, keepdim=True)
+    return txt, each.sum(dim=1) / count.clamp(min=1).sqrt()
+
+
+def _vectors(ids: np.ndarray | Tensor, purpose: str, width: int) -> Tensor:
+    # [B, L] to [B, L, width], on the tokens' device; each word that occurs is looked up once.
+    ids = torch.as_tensor(ids)
+    distinct, where = ids.unique(return_inverse=True)
+    table = np.stack([_vector(token, purpose, width) for token in distinct.tolist()])
+    return torch.from_numpy(table).to(ids.device)[where]
+
+
+@functools.lru_cache(maxsize=4096)
+def _vector(token: int, purpose: str, width: int) -> np.ndarray:
+    if token == _PADDING:
+        return np.zeros(width, dtype=np.float32)
+    return random.normal(token, purpose, 0, (width,))
+
+
+# hf: T5
+
+
+def t5_chain(cfg: TextConfig) -> tuple[tuple[str, Stage], ...]:
+    """Returns T5's encoder as stages, each with the path of its parameters in the tree's branch "t5".
+
+    A stage is `(params, carry, const) -> carry`: const holds `tokens` [B, L], the carry `hidden` [B, L, C] and, from
+    the first block on, `bias` [1, H, L, L], the relative position bias, which that block's parameters make for all.
+    """
+    t5 = _modules(cfg)["t5"]
+    blocks = ((f"encoder.block.{i}", functools.partial(_t5_block, block)) for i, block in enumerate(t5.encoder.block))
+    norm = functools.partial(_t5_norm, t5.encoder.final_layer_norm)
+    return ("shared", _t5_embed), *blocks, ("encoder.final_layer_norm", norm)
+
+
+def _t5(params: Params, cfg: TextConfig, tokens: Tensor) -> Tensor:
+    carry: dict = {}
+    for path, stage in t5_chain(cfg):
+        carry = stage(functools.reduce(dict.__getitem__, path.split("."), params), carry, {"tokens": tokens})
+    return carry["hidden"]
+
+
+def _t5_embed(params: Params, carry: dict, const: dict) -> dict:
+    return {**carry, "hidden": F.embedding(const["tokens"], params["weight"])}
+
+
+def _t5_block(block: torch.nn.Module, params: Params, carry: dict, const: dict) -> dict:
+    hidden, bias = functional_call(
+        block, tree.flatten(params), (carry["hidden"],), _block_arguments(block, carry, const), strict=True
+    )[:2]
+    return {"hidden": hidden, "bias": bias}
+
+
+def _block_arguments(block: torch.nn.Module, carry: dict, const: dict) -> dict:
+    arguments = {"position_bias": carry.get("bias")}
+    if "cache_position" in inspect.signature(block.forward).parameters:
+        # transformers 4 reads the length for the position bias off this.
+        arguments["cache_position"] = torch.arange(const["tokens"].shape[1], device=const["tokens"].device)
+    return arguments
+
+
+def _t5_norm(norm: torch.nn.Module, params: Params, carry: dict, const: dict) -> dict:
+    del const
+    return {**carry, "hidden": functional_call(norm, params, (carry["hidden"],), strict=True)}
+
+
+# hf: CLIP
+
+
+def _clip(params: Params, cfg: TextConfig, tokens: Tensor) -> Tensor:
+    # The module's own position ids are a buffer, on the meta device as all of it.
+    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    arguments = {"input_ids": tokens, "position_ids": positions}
+    return functional_call(_modules(cfg)["clip"], tree.flatten(params), (), arguments).pooler_output
+
+
+# hf: files
+
+
+def _hf_tokens(t5: Any, clip: Any, max_length: int, clip_length: int, captions: list[str]) -> dict[str, np.ndarray]:
+    out = {}
+    for part, tokenize, length in (("t5", t5, max_length), ("clip", clip, clip_length)):
+        rows = tokenize(captions, padding="max_length", truncation=True, max_length=length)["input_ids"]
+        out[part] = np.array(rows, dtype=np.int64).reshape(len(captions), length)
+    return out
+
+
+@functools.lru_cache(maxsize=4)
+def _modules(cfg: TextConfig) -> dict[str, torch.nn.Module]:
+    # The code of the models; on the meta device, since their weights are always passed in.
+    with torch.device("meta"):
+        return {part: _class(part)(_config(cfg, part)).eval() for part in _PARTS}
+
+
+def _class(part: str) -> type:
+    import transformers
+
+    return getattr(transformers, _PARTS[part][2])
+
+
+def _random(cfg: TextConfig, part: str, seed: int) -> torch.nn.Module:
+    config = _config(cfg, part)
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed, which would also seed the accelerators, that are not forked here.
+        torch.default_generator.manual_seed(int(random.generator(seed, f"init/text.{part}").integers(2**63)))
+        return _class(part)(config)
+
+
+def _pretrained(cfg: TextConfig, part: str, dtype: torch.dtype) -> torch.nn.Module:
+    folder = _PARTS[part][0]
+    _config(cfg, part)
+    with _naming_path(cfg, folder):
+        model, report = _class(part).from_pretrained(
+            os.path.join(_root(cfg), folder),
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # reported, and refused below
+            output_loading_info=True,
+        )
+    lacking = sorted([*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])])
+    if lacking:
+        raise _fault(cfg, f"{folder} lacks {len(lacking)} tensors of the shape config.json gives, such as {lacking[0]}")
+    return model
+
+
+def _config(cfg: TextConfig, part: str) -> Any:
+    from transformers import AutoConfig
+
+    folder, kind, *_ = _PARTS[part]
+    _check_file(cfg, folder, "config.json")
+    with _naming_path(cfg, f"{folder}/config.json"):
+        config = AutoConfig.from_pretrained(os.path.join(_root(cfg), folder), local_files_only=True)
+    # A whole CLIP's configuration holds the text model's.
+    config = getattr(config, "text_config", config)
+    if config.model_type != kind:
+        raise _fault(cfg, f"model_type in {folder}/config.json is {config.model_type!r}, not {kind!r}")
+    return config
+
+
+def _hf_tokenizer(cfg: TextConfig, part: str) -> Any:
+    from transformers import AutoTokenizer
+
+    *_, folder, vocabulary = _PARTS[part]
+    _check_file(cfg, folder, "tokenizer_config.json")
+    # Without these AutoTokenizer makes up an empty vocabulary, and says nothing.
+    _check_file(cfg, folder, *vocabulary)
+    with _naming_path(cfg, folder):
+        return AutoTokenizer.from_pretrained(os.path.join(_root(cfg), folder), local_files_only=True)
+
+
+def _check_file(cfg: TextConfig, folder: str, *names: str) -> None:
+    if not any(os.path.isfile(os.path.join(_root(cfg), folder, name)) for name in names):
+        raise _fault(cfg, " or ".join(f"{folder}/{name}" for name in names) + " is missing")
+
+
+def _root(cfg: TextConfig) -> str:
+    if os.path.isdir(cfg.path):
+        return cfg.path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return snapshot_download(cfg.path, local_files_only=True)
+    except (HFValidationError, LocalEntryNotFoundError) as error:
+        raise _fault(cfg, "there is no such folder, nor such a repository in the hub's cache") from error
+
+
+@contextlib.contextmanager
+def _naming_path(cfg: TextConfig, part: str) -> Iterator[None]:
+    # transformers and tokenizers raise exceptions of many types over a file that they cannot use.
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise _fault(cfg, f"{part} cannot be read ({reason})") from error
+
+
+def _fault(cfg: TextConfig, what: str) -> ValueError:
+    wanted = "a folder with text_encoder, text_encoder_2, tokenizer and tokenizer_2, as diffusers lays it out"
+    return ValueError(f"text.path is {cfg.path!r}: {what}; it should be {wanted}")

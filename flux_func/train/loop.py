@@ -1,0 +1,294 @@
+"""A training run from its config to its last checkpoint: what `train_main` does."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import torch
+
+from flux_func import config as configs
+from flux_func.data import images as pictures
+from flux_func.data import pipeline, sources
+from flux_func.models import flops, flux
+from flux_func.train import checkpoint, encoders, generate, metrics, optimizer, state, validate
+from flux_func.train import step as steps
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same through a run."""
+
+    config: ml_collections.ConfigDict
+    workdir: Path
+    device: torch.device
+    cfg: flux.FluxConfig
+    encoders: encoders.Encoders
+    optimizer: optimizer.Optimizer
+    schedule: Callable[[int], float]
+    train_source: Any
+    validation_source: Any
+
+
+def train(
+    config: ml_collections.ConfigDict, workdir: str, device: torch.device, stop: Callable[[], str] = lambda: ""
+) -> None:
+    """Trains from the workdir's newest checkpoint, or from the start, to train.steps.
+
+    Args:
+      config: as `config.default` gives it.
+      workdir: where everything is written; made once all settings are found good.
+      device: what to compute on.
+      stop: returns a word (the name of a signal) when the run is to save and end before its time.
+
+    Raises:
+      UserError: a setting that cannot be honoured, before anything is written.
+    """
+    resumed, run = prepare(config, workdir, device)
+    current = begin(run, resumed)
+    with (
+        checkpoint.Checkpoints(workdir, config.checkpoint.keep_last, config.checkpoint.keep_every) as checkpoints,
+        metrics.open_metrics(
+            workdir,
+            config.train.steps,
+            resumed or 0,
+            tensorboard=config.metrics.tensorboard,
+            wandb=config.metrics.wandb,
+            config=to_json(config),
+        ) as writer,
+    ):
+        step = loop(run, current, resumed or 0, checkpoints, writer, stop)
+        finish(run, current, step, checkpoints, writer, stop())
+
+
+def prepare(config: ml_collections.ConfigDict, workdir: str, device: torch.device) -> tuple[int | None, Run]:
+    """Checks everything that can be checked, builds what a run needs, and only then makes the workdir."""
+    configs.validate(config)
+    resumed = None
+    found = checkpoint.resume_point(workdir)
+    if found:
+        resumed, saved = found
+        configs.check_resume(saved, config)
+    cfg = state.model_config(config)
+    run = Run(
+        config=config,
+        workdir=Path(workdir),
+        device=device,
+        cfg=cfg,
+        encoders=encoders.build(config, cfg, device),
+        optimizer=optimizer.from_config(config),
+        schedule=optimizer.schedule_from_config(config),
+        train_source=sources.build(config, config.data.split),
+        validation_source=sources.build(config, config.validate.split) if needs_validation(config) else None,
+    )
+    upcoming = [step for step in range(resumed or 0, config.train.steps) if due(step, config.checkpoint.every)]
+    checkpoint.check_room(
+        workdir,
+        state.size_in_bytes(state.abstract(config, run.optimizer)),
+        [*upcoming, config.train.steps],
+        config.checkpoint.keep_last,
+        config.checkpoint.keep_every,
+    )
+    run.workdir.mkdir(parents=True, exist_ok=True)
+    metrics.write_json(run.workdir / "config.json", to_json(config))
+    return resumed, run
+
+
+def needs_validation(config: ml_collections.ConfigDict) -> bool:
+    """Returns whether anything of a run is taken from the validation split."""
+    return bool(config.validate.every or (config.sample.every and not config.sample.prompts))
+
+
+def begin(run: Run, resumed: int | None) -> dict:
+    """Returns the state to go on from: the checkpoint's, or a fresh one."""
+    if resumed is None:
+        return state.create(run.config, run.optimizer, run.device)
+    return checkpoint.restore(run.workdir, resumed, state.abstract(run.config, run.optimizer), run.device)
+
+
+def loop(
+    run: Run,
+    current: dict,
+    start: int,
+    checkpoints: checkpoint.Checkpoints,
+    writer: metrics.Metrics,
+    stop: Callable[[], str],
+) -> int:
+    """Takes the steps from `start` to train.steps, with what is due after each; returns the last step taken."""
+    config, meter = run.config, Meter(run, writer.last("samples_skipped", 0) if start else 0)
+    step, data = start, batches(run, start)
+    while step < config.train.steps and not stop():
+        batch = meter.next(data)
+        for line in batch["skipped"]:
+            writer.say(f"step {step + 1}: a sample was replaced: {line}")
+        current, out = steps.train_step(
+            current,
+            batch,
+            step,
+            cfg=run.cfg,
+            config=config,
+            encoders=run.encoders,
+            optimizer=run.optimizer,
+            device=run.device,
+        )
+        step += 1
+        last = step == config.train.steps
+        if due(step, config.log.every) or last or stop():
+            writer.write(step, meter.read(out, run.schedule(step - 1)))
+        else:
+            writer.advance(step)
+        meter.pause()
+        if due(step, config.validate.every):
+            writer.write(step, validation(run, current, step))
+        if due(step, config.sample.every):
+            draw(run, current, prompts(run), f"step_{step:06d}.png")
+        if due(step, config.checkpoint.every) and not last:
+            checkpoints.save(step, current, to_json(config))
+            writer.draw()
+        meter.resume()
+    return step
+
+
+def finish(
+    run: Run, current: dict, step: int, checkpoints: checkpoint.Checkpoints, writer: metrics.Metrics, signal: str
+) -> None:
+    """Saves the last checkpoint, waits for it, and writes the summary."""
+    config, done = run.config, step == run.config.train.steps
+    weights_only = done and config.checkpoint.last_weights_only
+    kept = checkpoint.weights(current, config.checkpoint.export_dtype) if weights_only else current
+    checkpoints.save(step, kept, to_json(config), wait=True)
+    if not done:
+        writer.say(
+            f"stopped by {signal} after step {step} of {config.train.steps}; the checkpoint is saved: "
+            f"the same command goes on from it"
+        )
+    summary = writer.close(parameters=flops.parameters(run.cfg))
+    print(f"{run.workdir} holds the run: step {step}, loss {summary['final_loss']}", flush=True)
+
+
+def batches(run: Run, start: int) -> Iterator[dict[str, Any]]:
+    """Returns the training batches from step `start` on."""
+    return pipeline.batches(
+        run.config,
+        run.train_source,
+        run.encoders.tokenize,
+        batch_size=run.config.train.batch_size,
+        start_step=start,
+        posterior_noise=run.encoders.posterior_noise,
+    )
+
+
+def held_out(run: Run, count: int, batch_size: int) -> Iterator[dict[str, Any]]:
+    """Returns the first `count` samples of the validation split, the same at every validation."""
+    return pipeline.batches(
+        run.config,
+        run.validation_source,
+        run.encoders.tokenize,
+        batch_size=batch_size,
+        training=False,
+        limit=count,
+        posterior_noise=run.encoders.posterior_noise,
+    )
+
+
+def validation(run: Run, current: dict, step: int) -> dict[str, Any]:
+    """Returns the validation loss, after drawing the split's own captions where that is asked for."""
+    v, params = run.config.validate, state.averaged(current)
+    if v.images:
+        draw(run, current, captions(run, v.images), f"validation_{step:06d}.png")
+    data = held_out(run, v.samples, v.batch_size)
+    return validate.run(params, run.cfg, data, config=run.config, encoders=run.encoders, device=run.device)
+
+
+def prompts(run: Run) -> list[str]:
+    """Returns the prompts of the sample grids."""
+    return list(run.config.sample.prompts) or captions(run, 4)
+
+
+def captions(run: Run, count: int) -> list[str]:
+    """Returns the first captions of the validation split."""
+    return [caption for batch in held_out(run, count, count) for caption in batch["caption"]]
+
+
+def draw(run: Run, current: dict, texts: list[str], name: str) -> None:
+    """Samples a grid with the settings of config.sample into samples/NAME."""
+    s, size = run.config.sample, run.config.data.image_size
+    images = generate.generate(
+        state.averaged(current),
+        run.cfg,
+        run.encoders,
+        texts,
+        seed=s.seed,
+        height=size,
+        width=size,
+        steps=s.steps,
+        guidance=s.guidance,
+        cfg_scale=s.cfg_scale,
+        shift=s.shift,
+        ops=steps.make_ops(run.config),
+    )
+    pictures.save(pictures.grid(images.numpy(), texts), run.workdir / "samples" / name)
+
+
+def due(step: int, every: int) -> bool:
+    """Returns whether something done `every` steps (0: never) is done after this one."""
+    return bool(every) and step % every == 0
+
+
+def to_json(config: ml_collections.ConfigDict) -> dict:
+    """Returns the config as JSON gives it back: tuples as lists."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+class Meter:
+    """Times the steps between two lines of metrics; what is done between steps does not count."""
+
+    def __init__(self, run: Run, skipped: int):
+        """Counts replaced samples on from `skipped`."""
+        self._run, self._skipped = run, skipped
+        self._start, self._steps, self._waited = time.perf_counter(), 0, 0.0
+
+    def next(self, data: Iterator[dict[str, Any]]) -> dict[str, Any]:
+        """Returns the next batch, and counts the time that it was waited for."""
+        start = time.perf_counter()
+        batch = next(data)
+        self._waited += time.perf_counter() - start
+        self._steps += 1
+        self._skipped += len(batch["skipped"])
+        return batch
+
+    def pause(self) -> None:
+        """Stops the clock."""
+        self._start -= time.perf_counter()
+
+    def resume(self) -> None:
+        """Starts it again."""
+        self._start += time.perf_counter()
+
+    def read(self, out: dict[str, torch.Tensor], lr: float) -> dict[str, Any]:
+        """Returns the record of the steps since the last one: the fields of `metrics.TRAINING`."""
+        config, cfg = self._run.config, self._run.cfg
+        # Reading the loss waits for the device, so the clock is read after it.
+        loss, norm = float(out["loss"]), float(out["grad_norm"])
+        seconds = time.perf_counter() - self._start
+        image_tokens, text_tokens = (config.data.image_size // 16) ** 2, config.text.max_length
+        speed = self._steps * config.train.batch_size / seconds
+        tflops = speed * flops.training_flops(cfg, image_tokens, text_tokens) / 1e12
+        peak = config.metrics.peak_tflops
+        record = {
+            "loss": loss,
+            "grad_norm": norm,
+            "lr": lr,
+            "images_per_s": speed,
+            "tokens_per_s": speed * (image_tokens + text_tokens),
+            "tflops": tflops,
+            "mfu": tflops / peak if peak else None,
+            "peak_memory_gib": metrics.peak_memory_gib(self._run.device),
+            "data_wait_s": self._waited / self._steps,
+            "samples_skipped": self._skipped,
+        }
+        self._start, self._steps, self._waited = time.perf_counter(), 0, 0.0
+        return record

@@ -1,0 +1,35 @@
+"""Trains FLUX.
+
+    train_main --config=configs/flux_debug.py --workdir=/tmp/flux_debug
+    train_main --config=configs/flux_debug.py --workdir=/tmp/flux_debug --config.train.steps=14
+
+Any field of the config can be set from the command line; flux_func/config.py lists them all. A workdir that holds a
+checkpoint is gone on with.
+"""
+
+import os
+
+from absl import flags
+
+from flux_func import cli
+
+
+def run() -> None:
+    """The console script."""
+    cli.define_config()
+    flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, pictures.", required=True)
+    cli.define_device()
+    cli.run(main)
+
+
+def main(argv: list[str]) -> None:
+    """Trains as the flags say."""
+    del argv
+    from flux_func.train import loop
+
+    stop = cli.stop_requested()
+    loop.train(flags.FLAGS.config, os.path.abspath(flags.FLAGS.workdir), cli.choose_device(flags.FLAGS.device), stop)
+
+
+if __name__ == "__main__":
+    run()

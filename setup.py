@@ -1,0 +1,71 @@
+"""The package flux-func: `pip install -e .`, or `pip install -e ".[test]"` to run the tests too."""
+
+from pathlib import Path
+
+import setuptools
+
+HERE = Path(__file__).parent
+HUB = "huggingface_hub>=2.4"
+
+# A lower bound is the oldest version that the tests ran with, torch's apart. torch has an upper bound too, the newest
+# they ran with: what we build on (torch.func, autograd.Function, the fused optimizers) moves between its versions.
+REQUIRES = [
+    "absl-py>=2.1",
+    "einops>=0.8",
+    "grain>=0.2.18",
+    HUB,
+    "jax>=0.10.1",  # Orbax's arrays: checkpoints alone use it, and only on the CPU
+    "matplotlib>=3.9",
+    "ml-collections>=1.0",
+    "numpy>=2.0",
+    "optree>=0.17",
+    "orbax-checkpoint>=0.12.8",
+    "pillow>=11.0",
+    "safetensors>=0.8",
+    "scikit-learn>=1.6",
+    "sentencepiece>=0.2",
+    "tensorboard>=2.19",
+    "torch>=2.11,<2.14",
+    "tqdm>=4.67",
+    "transformers>=5.23",
+]
+# The references that we compare with are pinned: third_party/README.md says what each is.
+REFERENCES = ["diffusers==0.42.1", "fluxbfl==0.0.3"]
+DATASETS = ["datasets>=5.2", HUB]
+EXTRAS = {
+    "test": [
+        *REFERENCES,
+        *DATASETS,
+        "hypothesis>=6.150",
+        "packaging>=25.0",
+        "psutil>=7.0",
+        "pytest>=9.0",
+        "pytest-xdist>=3.8",
+        "ruff>=0.17.5,<0.18",  # another minor version may format otherwise
+        "scipy>=1.14",
+    ],
+    "bench": [*REFERENCES, "psutil>=7.0"],
+    "hub": DATASETS,
+    "quant": ["torchao>=0.18"],
+    "wandb": ["wandb>=0.31"],
+}
+
+setuptools.setup(
+    name="flux-func",
+    version="0.1.0",
+    description="FLUX, the text-to-image transformer, as pure functions over pytrees of parameters, in PyTorch",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=setuptools.find_packages(include=["flux_func", "flux_func.*"]),
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+    entry_points={
+        "console_scripts": [
+            "train_main=flux_func.train_main:run",
+            "sample_main=flux_func.sample_main:run",
+        ]
+    },
+)

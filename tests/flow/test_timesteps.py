@@ -1,0 +1,113 @@
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flux_func import random
+from flux_func.flow import timesteps
+
+fast = settings(max_examples=50, deadline=None)
+
+
+def draws(count=4000):
+    values = [random.uniform(5, "timestep", position) for position in range(count)]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_logit_normal_is_scipys_quantile():
+    u = torch.linspace(0.001, 0.999, 201, dtype=torch.float64)
+    for mean, std in ((0.0, 1.0), (-0.5, 1.5), (1.0, 0.3)):
+        expected = 1 / (1 + np.exp(-scipy.stats.norm.ppf(u.numpy(), mean, std)))
+        np.testing.assert_allclose(timesteps.logit_normal(u, mean, std), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("std", [1.0, 50.0])
+def test_logit_normal_stays_inside_even_at_the_ends(dtype, std):
+    u = torch.tensor([0.0, torch.finfo(dtype).tiny, 0.5, 1 - torch.finfo(dtype).eps / 2, 1.0], dtype=dtype)
+    t = timesteps.logit_normal(u, 0.0, std)
+    assert t.dtype == dtype and (t > 0).all() and (t < 1).all()
+    assert (t.diff() >= 0).all() and t[2] == 0.5
+
+
+def test_counted_draws_have_the_distributions_asked_for():
+    u = draws()
+    uniform = timesteps.sample("uniform", u)
+    logit = torch.logit(timesteps.sample("logit_normal", u))
+    assert torch.equal(uniform, u)
+    assert scipy.stats.kstest(uniform, "uniform").pvalue > 0.01
+    assert scipy.stats.kstest(logit, "norm").pvalue > 0.01
+    assert scipy.stats.kstest(torch.logit(timesteps.logit_normal(u, 0.3, 2.0)), "norm", args=(0.3, 2.0)).pvalue > 0.01
+
+
+def test_stratified_puts_one_sample_in_each_stratum_and_is_uniform():
+    batch, u = 8, draws()
+    index = torch.arange(len(u)) % batch
+    t = timesteps.sample("stratified", u, index, batch)
+    assert torch.equal((t * batch).floor().long(), index)
+    assert t.dtype == torch.float64 and scipy.stats.kstest(t, "uniform").pvalue > 0.01
+    # The mean of a stratified batch varies less than that of independent draws, by the factor batch squared.
+    assert t.view(-1, batch).mean(1).var() * 30 < u.view(-1, batch).mean(1).var()
+    assert timesteps.stratified(torch.tensor([0.5]), 3, 4).item() == 0.875
+
+
+def test_an_unknown_kind_is_named():
+    with pytest.raises(ValueError, match="'beta' should be 'uniform'"):
+        timesteps.sample("beta", draws(2))
+
+
+def test_mu_is_the_line_through_fluxs_two_points(bfl_sampling):
+    assert timesteps.shift_mu(256) == 0.5
+    assert timesteps.shift_mu(4096) == pytest.approx(1.15, abs=1e-15)
+    line = bfl_sampling.get_lin_function()
+    for tokens in (16, 1024, 16384):
+        assert timesteps.shift_mu(tokens) == pytest.approx(line(tokens), abs=1e-12)
+
+
+@fast
+@given(st.floats(1e-6, 1.0), st.floats(-2.0, 3.0))
+def test_shift_is_the_closed_form(t, mu):
+    expected = math.exp(mu) / (math.exp(mu) + 1 / t - 1)
+    value = timesteps.shift(torch.tensor([t], dtype=torch.float64), mu)
+    assert value.item() == pytest.approx(expected, rel=1e-12)
+    # Two shifts add up, and the negative one undoes it.
+    assert timesteps.shift(value, -mu).item() == pytest.approx(t, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shift_keeps_the_ends_exactly_and_has_derivatives_there(dtype):
+    t = torch.tensor([0.0, 0.5, 1.0], dtype=dtype, requires_grad=True)
+    shifted = timesteps.shift(t, 1.15)
+    assert shifted[0] == 0 and shifted[2] == 1 and shifted.dtype == dtype
+    (slope,) = torch.autograd.grad(shifted.sum(), t)
+    expected = [math.exp(1.15), math.exp(-1.15) / (0.5 + 0.5 * math.exp(-1.15)) ** 2, math.exp(-1.15)]
+    torch.testing.assert_close(slope, torch.tensor(expected, dtype=dtype))
+
+
+@pytest.mark.parametrize(("steps", "tokens"), [(1, 256), (4, 1024), (50, 4096), (20, 4 * 256)])
+def test_schedule_is_bfls(bfl_sampling, steps, tokens):
+    for shift in (True, False):
+        ours = timesteps.schedule(steps, tokens if shift else None)
+        assert ours.shape == (steps + 1,) and ours[0] == 1 and ours[-1] == 0 and (ours.diff() < 0).all()
+        expected = torch.tensor(bfl_sampling.get_schedule(steps, tokens, shift=shift), dtype=torch.float64)
+        torch.testing.assert_close(ours, expected, rtol=2e-6, atol=0)  # BFL computes in float32
+
+
+def test_schedule_is_diffusers():
+    steps, tokens = 12, 1024
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+    # As FluxPipeline does: sigmas without the last zero, which the scheduler appends. Sigmas shift, not 0..1000.
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=timesteps.shift_mu(tokens))
+    ours = timesteps.schedule(steps, tokens)
+    torch.testing.assert_close(ours.float(), scheduler.sigmas, rtol=2e-6, atol=0)
+    torch.testing.assert_close(1000 * ours[:-1].float(), scheduler.timesteps, rtol=2e-6, atol=0)
+
+
+def test_schedule_needs_a_step():
+    with pytest.raises(ValueError, match="steps 0 should be at least 1"):
+        timesteps.schedule(0, 256)

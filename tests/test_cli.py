@@ -1,0 +1,72 @@
+"""What a user sees of a wrong command line: one line, exit code 2, and no traceback."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from flux_func import cli
+from flux_func.errors import UserError
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def train(*args, cwd=ROOT):
+    command = [sys.executable, "-m", "flux_func.train_main", *args]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, "PYTHONPATH": ROOT})
+
+
+def test_a_user_error_is_one_line_and_exit_code_2(monkeypatch, capsys):
+    def main(argv):
+        raise UserError("train.steps is 0:\n should be at least 1")
+
+    monkeypatch.setattr(sys, "argv", ["program"])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "program: error: train.steps is 0: should be at least 1\n"
+
+
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["--config=configs/missing.py", "--workdir={tmp}/w"], "no such file"),
+        (["--config={tmp}/empty.py", "--workdir={tmp}/w"], "get_config"),
+        (["--config={tmp}/broken.py", "--workdir={tmp}/w"], "--config"),
+        (["--config=configs/flux_debug.py"], "--workdir"),
+        (["--workdir={tmp}/w"], "--config"),
+        (["--config=configs/flux_debug.py", "--workdir={tmp}/w", "--config.train.step=3"], "steps"),
+        (["--config=configs/flux_debug.py", "--workdir={tmp}/w", "--config.train.steps=many"], "train.steps"),
+        (["--config=configs/flux_debug.py", "--workdir={tmp}/w", "--workdirr=x"], "workdirr"),
+        (["--config=configs/flux_debug.py", "--workdir={tmp}/w", "stray"], "stray"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_exit_code_2(args, says, tmp_path):
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    (tmp_path / "broken.py").write_text("def get_config(:\n")
+    done = train(*(arg.format(tmp=tmp_path) for arg in args))
+    assert done.returncode == 2
+    assert says in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not (tmp_path / "w").exists()
+
+
+def test_help_answers_with_every_flag():
+    done = train("--help")
+    assert done.returncode == 0
+    for word in ("--config", "--workdir", "--device", "Trains FLUX"):
+        assert word in done.stdout
+
+
+def test_the_first_signal_asks_and_the_second_acts():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        stop = cli.stop_requested()
+        assert stop() == ""
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop() == "SIGTERM"
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

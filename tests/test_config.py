@@ -1,0 +1,140 @@
+"""Every field is checked, every fault is named, and what may change on resume is exactly the rule."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from flux_func import config as configs
+from flux_func.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_files_hold_what_they_say(path):
+    config = load(path)
+    if config.autoencoder.kind == "kl":
+        config.autoencoder.path = "ae.safetensors"
+        config.text.path = config.data.path = "somewhere"
+    configs.validate(config)
+    known = dict(configs.flat(configs.default()))
+    assert dict(configs.flat(config)).keys() == known.keys()
+
+
+def test_flux_dev_and_schnell_have_torchtitans_hyperparameters():
+    for name, length, batch in (("flux_dev", 512, 256), ("flux_schnell", 256, 512)):
+        config = load(CONFIGS[0].with_name(f"{name}.py"))
+        assert (config.text.max_length, config.train.batch_size) == (length, batch)
+        assert (config.data.image_size, config.data.prompt_dropout) == (256, 0.447)
+        assert (config.optimizer.lr, config.optimizer.warmup_steps) == (1e-4, 3000)
+
+
+@pytest.mark.parametrize(
+    "field, value, remedy",
+    [
+        ("model.flavor", "flux-debgu", "did you mean 'flux-debug'"),
+        ("data.source", "digit", "did you mean 'digits'"),
+        ("data.image_size", 250, "multiple of 16, such as 256"),
+        ("data.image_size", 0, "multiple of 16, such as 16"),
+        ("data.prompt_dropout", 1.5, "in [0, 1]"),
+        ("data.prompt_dropout", -0.1, "in [0, 1]"),
+        ("train.steps", 0, "at least 1"),
+        ("train.batch_size", -2, "at least 1"),
+        ("train.accumulate", 3, "should divide train.batch_size, which is 2"),
+        ("optimizer.lr", -1e-4, "not be negative"),
+        ("optimizer.lr", float("nan"), "not be negative"),
+        ("remat.policy", "half", "'none', 'full'"),
+        ("numerics.compute", "float8", "'float32', 'bfloat16'"),
+        ("text.max_length", 0, "at least 1"),
+        ("ema.decay", 1.2, "in [0, 1]"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_remedy(field, value, remedy):
+    config = configs.default()
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError) as error:
+        configs.validate(config)
+    assert str(error.value).startswith(f"{field} is {value!r}: ") and remedy in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "fields, named",
+    [
+        ({"data.source": "wds"}, "data.path"),
+        ({"text.kind": "hf"}, "text.path"),
+        ({"autoencoder.kind": "kl"}, "autoencoder.path"),
+    ],
+)
+def test_a_path_that_is_needed_is_asked_for(fields, named):
+    config = configs.default()
+    config.update_from_flattened_dict(fields)
+    with pytest.raises(UserError, match=f"{named} is ''"):
+        configs.validate(config)
+
+
+def test_a_mistyped_field_names_the_nearest():
+    with pytest.raises(AttributeError, match='Did you mean "steps"'):
+        configs.default().train.step = 3
+
+
+def saved():
+    return json.loads(json.dumps(configs.default().to_dict()))
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("train.steps", 99),
+        ("data.workers", 3),
+        ("log.every", 5),
+        ("checkpoint.every", 5),
+        ("validate.convention", "middle"),
+        ("sample.prompts", ("a",)),
+        ("metrics.peak_tflops", 989.0),
+        ("remat.policy", "full"),
+    ],
+)
+def test_what_may_differ_on_resume(field, value):
+    config = configs.default()
+    config.update_from_flattened_dict({field: value})
+    configs.check_resume(saved(), config)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("model.flavor", "flux-tiny"),
+        ("train.seed", 1),
+        ("train.batch_size", 4),
+        ("optimizer.lr", 1.0),
+        ("data.image_size", 64),
+        ("checkpoint.keep_last", 9),
+        ("ema.decay", 0.9),
+        ("numerics.compute", "bfloat16"),
+    ],
+)
+def test_what_may_not_differ_on_resume_is_named_with_both_values(field, value):
+    config = configs.default()
+    old = dict(configs.flat(config))[field]
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError) as error:
+        configs.check_resume(saved(), config)
+    for part in (field, repr(value), repr(old)):
+        assert part in str(error.value)
+
+
+def test_a_checkpoint_with_a_field_that_is_gone_is_refused():
+    old = saved()
+    old["train"]["warp"] = 9
+    with pytest.raises(UserError, match="train.warp is 'not set'"):
+        configs.check_resume(old, configs.default())
