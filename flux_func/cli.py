@@ -83,8 +83,8 @@ def define_device() -> flags.FlagHolder:
     return flags.DEFINE_enum("device", "auto", ["auto", "cpu", "cuda"], "What to compute on; auto: cuda where it is.")
 
 
-def choose_device(name: str) -> "torch.device":
-    """Returns the device that --device names; UserError for a cuda that is not there."""
+def choose_device(name: str):
+    """Returns the torch.device that --device names; UserError for a cuda that is not there."""
     import torch
 
     there = torch.cuda.is_available()

@@ -58,9 +58,7 @@ def double_block(params: Params, carry: dict, const: dict, ops: Ops, heads: int,
         # One layout, one kernel: F.linear takes another for strided input without gradients, and other bits come out.
         path, attended = f"double_blocks.{name}", attended.contiguous()
         _, _, gate1, shift2, scale2, gate2 = mods[name]
-        x = torch.addcmul(
-            carry[name], gate1, ops.linear(params[f"{name}_attn"]["proj"], attended, f"{path}_attn.proj")
-        )
+        x = torch.addcmul(carry[name], gate1, ops.linear(params[f"{name}_attn"]["proj"], attended, f"{path}_attn.proj"))
         hidden = layers.mlp(params[f"{name}_mlp"], layers.modulate(x, shift2, scale2), ops, f"{path}_mlp")
         out[name] = torch.addcmul(x, gate2, hidden)
     return out

@@ -114,14 +114,17 @@ def check_room(
     Args:
       workdir: the run's folder, which need not exist yet.
       bytes_each: bytes of one checkpoint, see `state.size_in_bytes`.
-      upcoming: the steps at which one will be saved, ascending.
+      upcoming: the steps at which one will be saved; those that are there already need no room.
       keep_last, keep_every: as in `Checkpoints`.
 
     Raises:
       UserError: naming the workdir, what is needed and what is free.
     """
     there = steps(workdir)
-    more = max(1, _most_held([*there, *upcoming], keep_last, keep_every) - len(there))
+    after = sorted({*there, *upcoming})
+    if after == there:
+        return
+    more = max(1, _most_held(after, keep_last, keep_every) - len(there))
     path = Path(workdir).absolute()
     free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
     if free < more * bytes_each + MARGIN_BYTES:

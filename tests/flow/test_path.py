@@ -105,5 +105,6 @@ def test_misfit_latents_are_named():
     batch = draw_batch()
     with pytest.raises(ValueError, match="latents and noise"):
         path.loss(flux.init(TINY), TINY, {**batch, "noise": batch["noise"][:1]})
+    odd = batch["noise"][..., 1:]
     with pytest.raises(ValueError, match="even h and w"):
-        path.loss(flux.init(TINY), TINY, {**batch, "noise": batch["noise"][..., 1:], "latents": batch["noise"][..., 1:]})
+        path.loss(flux.init(TINY), TINY, {**batch, "noise": odd, "latents": odd})

@@ -307,8 +307,9 @@ def test_check_room_counts_what_will_be_there(tmp_path, monkeypatch):
     written(tmp_path, 1, 2)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=5 * 10**9))
     checkpoint.check_room(tmp_path, 4 * 10**9, upcoming=[3, 4, 5], keep_last=2)
+    checkpoint.check_room(tmp_path, 6 * 10**9, upcoming=[2])
     with pytest.raises(UserError, match=r"checkpoints need 3 x 4\.00 GB more, and its disk has 5\.00 GB free"):
-        checkpoint.check_room(tmp_path, 4 * 10**9, upcoming=[3, 4, 5])
+        checkpoint.check_room(tmp_path, 4 * 10**9, upcoming=[2, 3, 4, 5])
 
 
 def test_a_member_is_read_without_the_others(tmp_path):
