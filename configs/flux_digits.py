@@ -19,8 +19,8 @@ def get_config():
     config.text.max_length = 8
     config.data.image_size = 64
     config.train.batch_size = 128
-    config.train.steps = 300
-    config.optimizer.lr = 1e-3
+    config.train.steps = 400
+    config.optimizer.lr = 2e-3
     config.optimizer.betas = (0.9, 0.99)
     config.optimizer.weight_decay = 0.0
     config.optimizer.warmup_steps = 20
@@ -32,6 +32,6 @@ def get_config():
     config.sample.every = 100
     config.sample.prompts = tuple(f"a handwritten {digit}" for digit in DIGITS)
     config.sample.steps = 25
-    config.sample.cfg_scale = 2.0
+    config.sample.cfg_scale = 1.5
     config.log.every = 10
     return config

@@ -27,6 +27,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         app.run(main, flags_parser=functools.partial(_parse, main))
     except UserError as error:
         _fail(error)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 def _parse(main: Callable, argv: list[str]) -> list[str]:

@@ -63,8 +63,8 @@ def default() -> ml_collections.ConfigDict:
         weight_decay=0.1,  # adamw: decoupled
         options="",  # other classes' own arguments, such as "momentum=0.9, nesterov=True"
         schedule="constant",  # "constant", "cosine" or "linear"
-        warmup_steps=0,  # linear from 0 to lr
-        decay_steps=0,  # step at which a decaying schedule ends; 0: train.steps
+        warmup_steps=0,  # linear from lr/warmup_steps to lr
+        decay_steps=0,  # step at which a decaying schedule ends; 0: train.steps, so that more steps stretch it
         final_lr_fraction=0.0,  # of lr, where a decaying schedule ends
         clip_norm=1.0,  # largest global norm of the gradients; 0: not clipped
     )

@@ -230,7 +230,7 @@ def batches(
     if hasattr(source, "__len__"):
         if workers and not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # outside of absl's programs: grain looks into its own flags
-        return _closing(iter(_dataset(made, positions, workers)))
+        return _closing(iter(_dataset(made, positions, workers)), workers)
     stream = _StreamBatches(_read_stream(made, positions))
     return _closing(ThreadPrefetchDatasetIterator(stream, prefetch_buffer_size=2))
 
@@ -288,7 +288,7 @@ class _StreamBatches:
         return {}
 
 
-def _closing(iterator: grain.DatasetIterator) -> Iterator[dict[str, Any]]:
+def _closing(iterator: grain.DatasetIterator, workers: int = 0) -> Iterator[dict[str, Any]]:
     try:
         for batch in iterator:
             yield {key: _own(value) for key, value in batch.items()}
@@ -297,7 +297,7 @@ def _closing(iterator: grain.DatasetIterator) -> Iterator[dict[str, Any]]:
             raise
         # Worker processes are killed where memory runs out, or the room in /dev/shm that batches are passed through.
         remedy = "should be smaller, or the machine's memory or /dev/shm larger"
-        raise UserError(f"data.workers: {remedy}: {error}") from error
+        raise UserError(f"data.workers is {workers}: {remedy}: {error}") from error
     finally:
         iterator.close()
 

@@ -172,7 +172,8 @@ class Tars:
     def scan(cls, path: str) -> "Tars":
         """Returns the source of a tar, a glob of tars or several of them with commas between, by headers alone."""
         paths = _tar_paths(path)
-        logging.info("data.path: reading the headers of %d tars", len(paths))
+        if len(paths) > 1:
+            logging.info("data.path: reading the headers of %d tars", len(paths))
         rows = [(number, *row) for number, tar in enumerate(paths) for row in _scan_tar(path, tar)]
         if not rows:
             raise UserError(f"data.path is {path!r}: no samples in it: should hold members such as KEY.jpg and KEY.txt")

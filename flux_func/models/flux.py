@@ -59,7 +59,7 @@ FLAVORS = {
     "flux-dev": FluxConfig(**{**vars(_FLUX), "guidance_embed": True}),
     "flux-schnell": _FLUX,
     "flux-debug": FluxConfig(hidden_size=1536, num_heads=12, depth=2, depth_single_blocks=2, axes_dim=(16, 56, 56)),
-    "flux-digits": FluxConfig(hidden_size=256, num_heads=4, depth=2, depth_single_blocks=4, axes_dim=(16, 24, 24)),
+    "flux-digits": FluxConfig(hidden_size=192, num_heads=4, depth=2, depth_single_blocks=4, axes_dim=(16, 16, 16)),
     "flux-tiny": FluxConfig(hidden_size=128, num_heads=8, depth=2, depth_single_blocks=2, axes_dim=(4, 6, 6)),
 }
 
