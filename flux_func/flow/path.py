@@ -61,7 +61,7 @@ def loss(
     params: Params,
     cfg: flux.FluxConfig,
     batch: Mapping[str, Tensor],
-    ops: Ops = Ops(),  # noqa: B008 (frozen)
+    ops: Ops = Ops(),
     denominator: float | None = None,
 ) -> Tensor:
     """Returns the flow-matching loss, a scalar of float32 or wider: the mean squared error of the velocity.

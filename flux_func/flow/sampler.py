@@ -38,7 +38,7 @@ def sample(
     uncond_y: Tensor | None = None,
     shift: bool = True,
     image_seq_len: int | None = None,
-    ops: Ops = Ops(),  # noqa: B008 (frozen)
+    ops: Ops = Ops(),
 ) -> Tensor:
     """Returns latents [B, 16, h, w] drawn from the model, in the noise's type. Pure and differentiable.
 

@@ -91,7 +91,7 @@ def load(
     path: str,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    cfg: AutoencoderConfig = AutoencoderConfig(kind="kl"),  # noqa: B008 (frozen)
+    cfg: AutoencoderConfig = AutoencoderConfig(kind="kl"),
 ) -> tuple[Params, AutoencoderConfig]:
     """Returns the parameters in a safetensors file with BFL's names, and their configuration.
 

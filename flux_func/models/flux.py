@@ -303,7 +303,7 @@ def apply(
     timesteps: Tensor,
     y: Tensor,
     guidance: Tensor | None = None,
-    ops: Ops = Ops(),  # noqa: B008 (frozen)
+    ops: Ops = Ops(),
 ) -> Tensor:
     """Returns the velocity [B, N, out_channels] of noisy patches: BFL's `Flux.forward`.
 

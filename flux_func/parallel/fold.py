@@ -61,7 +61,7 @@ def grad_and_value(
     params: Params,
     cfg: flux.FluxConfig,
     batch: Mapping[str, Tensor],
-    ops: Ops = Ops(),  # noqa: B008 (frozen)
+    ops: Ops = Ops(),
     remat: str = "none",
     *,
     denominator: float | None = None,

@@ -36,7 +36,7 @@ def batches(
     cfg_scale: float = 1.0,
     shift: bool = True,
     batch_size: int = 8,
-    ops: Ops = Ops(),  # noqa: B008 (frozen)
+    ops: Ops = Ops(),
     progress: Callable[[], object] | None = None,
 ) -> Iterator[Tensor]:
     """Yields the images of `batch_size` prompts after another, [b, 3, H, W], float32 in [-1, 1] on the CPU.

@@ -21,7 +21,13 @@ from flux_func.train import loop
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = ROOT / "configs/flux_debug.py"
 # What makes of configs/flux_debug.py a run of a few seconds.
-TINY = {"model.flavor": "flux-tiny", "data.image_size": 32, "text.max_length": 4, "validate.every": 0, "sample.every": 0}
+TINY = {
+    "model.flavor": "flux-tiny",
+    "data.image_size": 32,
+    "text.max_length": 4,
+    "validate.every": 0,
+    "sample.every": 0,
+}
 CPU = torch.device("cpu")
 
 
@@ -54,7 +60,11 @@ def losses(found: list[dict[str, Any]]) -> list[tuple[int, float, float]]:
 def arguments(workdir: pathlib.Path, fields: dict[str, Any] | None = None) -> list[str]:
     """Returns train_main's arguments for configs/flux_debug.py made tiny."""
     given = {**TINY, **(fields or {})}
-    return [f"--config={CONFIG}", f"--workdir={workdir}", *(f"--config.{name}={value}" for name, value in given.items())]
+    return [
+        f"--config={CONFIG}",
+        f"--workdir={workdir}",
+        *(f"--config.{name}={value}" for name, value in given.items()),
+    ]
 
 
 def program(main: ModuleType, *args: object) -> int:

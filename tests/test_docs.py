@@ -1,0 +1,81 @@
+"""What the documents show runs, and what they link to is there."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flux_func import tree
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *(ROOT / "docs").glob("*.md"),
+    *(ROOT / "third_party").glob("*.md"),
+]
+
+
+def block(page, language):
+    return re.search(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL).group(1)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_the_readmes_fifteen_lines_run_and_agree():
+    source = block(ROOT / "README.md", "python")
+    assert len(source.strip().splitlines()) <= 16
+    torch.manual_seed(0)
+    names: dict = {}
+    exec(compile(source.split("opt = ")[0], "README.md", "exec"), names)
+    mean = tree.map(lambda leaf: leaf.mean(0), names["per_sample"])
+    reference = torch.func.grad(names["ff"].loss)(names["params"], names["cfg"], names["batch"])
+    for path, grad in tree.flatten(reference).items():
+        for ours in (names["grads"], mean):
+            assert (tree.flatten(ours)[path] - grad).norm() <= 2e-6 * grad.norm(), path
+    before = tree.map(torch.clone, names["params"])
+    exec(compile("opt = " + source.split("opt = ")[1], "README.md", "exec"), names)
+    moved = (tree.leaves(names["params"])[0] - tree.leaves(before)[0]).abs().max()
+    # AdamW's first step moves a weight by the learning rate, and by a hundred-thousandth of it in weight decay.
+    assert moved.item() == pytest.approx(1e-4, rel=0.1)
+    assert names["latents"].shape == (4, 16, 8, 8) and names["latents"].isfinite().all()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_programs_named_in_pages_exist(page):
+    for program in re.findall(r"\b(\w+_main)\b", page.read_text(encoding="utf-8")):
+        assert (ROOT / "flux_func" / f"{program}.py").exists(), program
+
+
+def load_digits():
+    spec = importlib.util.spec_from_file_location("digits", ROOT / "docs" / "digits.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_three_figures_of_the_digits_are_what_they_say():
+    digits = load_digits()
+    config = digits.get_config()
+    source = digits.sources.build(config, "validation")
+    pictures = np.stack([digits.images.square(source[i][0], 64) for i in range(len(source))])
+    classes = np.array([digits.DIGITS.index(source[i][1].split()[-1]) for i in range(len(source))])
+    # Real digits held out from training are as novel and nearly as various as themselves, and all are recognized.
+    figures = digits.measure(pictures, classes, config)
+    assert figures["recognized"] >= 0.99 and figures["recognized_real"] >= 0.97
+    assert figures["novelty"] == pytest.approx(1) and figures["variety"] == pytest.approx(1, abs=0.1)
+    # Wrongly prompted, copied, or all alike, they are found out.
+    assert digits.measure(pictures, (classes + 1) % 10, config)["recognized"] < 0.05
+    train, train_classes = digits.real(config, "train")
+    copies = train.reshape(-1, 1, 8, 8).repeat(8, axis=2).repeat(8, axis=3)
+    assert digits.measure(copies, train_classes, config)["novelty"] == pytest.approx(0, abs=1e-6)
+    alike = np.stack([pictures[np.argmax(classes == c)] for c in classes])
+    assert digits.measure(alike, classes, config)["variety"] == 0
