@@ -23,6 +23,7 @@ REQUIRES = [
     "pillow>=11.0",
     "safetensors>=0.8",
     "scikit-learn>=1.6",
+    "scipy>=1.14",
     "sentencepiece>=0.2",
     "tensorboard>=2.19",
     "torch>=2.11,<2.14",
@@ -31,7 +32,7 @@ REQUIRES = [
 ]
 # The references that we compare with are pinned: third_party/README.md says what each is.
 REFERENCES = ["diffusers==0.42.1", "fluxbfl==0.0.3"]
-DATASETS = ["datasets>=5.2", HUB]
+DATASETS = ["datasets>=5.2", "fsspec>=2025.3", HUB]
 EXTRAS = {
     "test": [
         *REFERENCES,
@@ -42,7 +43,7 @@ EXTRAS = {
         "pytest>=9.0",
         "pytest-xdist>=3.8",
         "ruff>=0.17.5,<0.18",  # another minor version may format otherwise
-        "scipy>=1.14",
+        "tokenizers>=0.23",
     ],
     "bench": [*REFERENCES, "psutil>=7.0"],
     "hub": DATASETS,

@@ -24,7 +24,10 @@ HERE_ONLY = "//:__subpackages__"
 # The distribution of an imported name, where they differ.
 DISTRIBUTIONS = {"PIL": "pillow", "absl": "absl_py", "orbax": "orbax_checkpoint", "sklearn": "scikit_learn"}
 # Files that a source names by path.
-DATA = {"flux_func/train_main.py": ["//configs"]}
+CONFIGS = ("flux_func/train_main.py", "tests/helpers/tiny_run.py", "tests/test_cli.py", "tests/test_config.py")
+DATA = dict.fromkeys(CONFIGS, ["//configs"])
+# Tests that read the checkout itself, which Bazel's sandbox does not hold: for pytest alone.
+READ_THE_CHECKOUT = ("tests/test_build.py", "tests/test_docs.py", "tests/test_setup.py")
 # What each layer may import of ours; "main" is every program, "api" is flux_func/__init__.py.
 CORE = {"tree", "random"}
 MODELS = CORE | {"models"}
@@ -71,12 +74,12 @@ def sources(root: Path) -> list[str]:
 
 
 def modules(files: Iterable[str]) -> dict[str, str]:
-    """Returns the file of each module, by its dotted name."""
+    """Returns the file of each module by its dotted name; a config's is its own, as its folder is no package."""
     names = {}
     for file in files:
         path = Path(file)
         dotted = ".".join((path.parent if path.name == "__init__.py" else path.with_suffix("")).parts)
-        names[dotted] = file
+        names[dotted.removeprefix("configs.")] = file
     return names
 
 
@@ -142,7 +145,7 @@ def plan(root: Path) -> dict[str, list[Rule]]:
         used = [uses(root, file, known) for file in members]
         labels = {f"//{homes[file][1]}:{homes[file][2]}" for ours, _ in used for file in ours}
         labels |= {f"//third_party:{module}" for _, foreign in used for module in foreign}
-        attributes = {"srcs": [Path(file).name for file in members], **_extras(kind, folder, name, members, labels)}
+        attributes = {"srcs": [Path(file).name for file in members], **_extras(kind, folder, name, members)}
         deps = sorted(labels - {f"//{folder}:{name}"}, key=_order(folder))
         attributes["deps"] = [_short(label, folder) for label in deps]
         rules.setdefault(folder, []).append(Rule(kind, folder, name, attributes))
@@ -174,7 +177,7 @@ def _is_program(path: Path) -> bool:
     return re.search(r"^if __name__ == ", path.read_text(encoding="utf-8"), re.MULTILINE) is not None
 
 
-def _extras(kind: str, folder: str, name: str, members: list[str], labels: set[str]) -> dict[str, Any]:
+def _extras(kind: str, folder: str, name: str, members: list[str]) -> dict[str, Any]:
     extras: dict[str, Any] = {}
     data = [label for file in members for label in DATA.get(file, [])]
     if kind == "py_test":
@@ -182,8 +185,8 @@ def _extras(kind: str, folder: str, name: str, members: list[str], labels: set[s
         extras["args"] = ["-c", "$(rootpath //:pyproject.toml)", f"$(rootpath {name}.py)"]
         extras["main_module"] = "pytest"
         data.append("//:pyproject.toml")
-        if "//tests:build_files" in labels:
-            extras["tags"] = ["manual"]  # they read the checkout, which Bazel's sandbox does not hold
+        if members[0] in READ_THE_CHECKOUT:
+            extras["tags"] = ["manual"]
     if data:
         extras["data"] = data
     if kind == "py_binary" and folder == "flux_func" or name == "flux_func":

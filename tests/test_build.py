@@ -1,11 +1,15 @@
 import ast
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests import build_files
 
+TOP = {"flux_func", "configs", "tests", "third_party", "docs", "setup.py", "README.md", "pyproject.toml"}
+TOP |= {"BUILD", "MODULE.bazel", "LICENSE", "CONTRIBUTING.md"}
+# A house of one model, one program and one test.
 SMALL = {
     "setup.py": "import setuptools",
     "flux_func/__init__.py": "from flux_func.models import flux as flux",
@@ -22,7 +26,7 @@ SMALL = {
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    """A house of one model, one program and one test, its BUILD files as they should be."""
+    """The house of SMALL, its BUILD files as they should be."""
     for name, text in SMALL.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -43,6 +47,14 @@ def deps(root: Path) -> dict[str, list[str]]:
 
 def test_the_house():
     assert build_files.problems(build_files.ROOT) == []
+
+
+def test_nothing_else_is_at_the_top():
+    if not (build_files.ROOT / ".git").exists():
+        pytest.skip("not a checkout")
+    tracked = subprocess.run(["git", "ls-files"], cwd=build_files.ROOT, capture_output=True, text=True, check=True)
+    top = {name.split("/")[0] for name in tracked.stdout.splitlines() if not name.startswith(".")}
+    assert top <= TOP
 
 
 def test_what_is_imported_is_locked():

@@ -11,6 +11,7 @@ from torch import Tensor
 from flux_func.errors import UserError
 from flux_func.models import autoencoder, text
 from flux_func.models.flux import FluxConfig
+from flux_func.train.state import DTYPES
 
 Tokens = Mapping[str, np.ndarray]
 
@@ -36,7 +37,7 @@ class Encoders:
 
 
 def build(config: ml_collections.ConfigDict, cfg: FluxConfig, device: torch.device) -> Encoders:
-    """Returns the encoders that a config names, loaded to `device`.
+    """Returns the encoders that a config names, loaded to `device`; what has weights computes in numerics.compute.
 
     Raises:
       UserError: files that are missing or do not serve, or whose widths are not those of the model `cfg`.
@@ -49,14 +50,15 @@ def build(config: ml_collections.ConfigDict, cfg: FluxConfig, device: torch.devi
         context_dim=cfg.context_in_dim,
         vec_dim=cfg.vec_in_dim,
     )
-    image_params, image_cfg = _autoencoder(config, device)
+    dtype = DTYPES[config.numerics.compute]
+    image_params, image_cfg = _autoencoder(config, dtype, device)
     try:
         widths = text.widths(text_cfg)
         if widths != (cfg.context_in_dim, cfg.vec_in_dim):
             remedy = f"{config.model.flavor} takes {cfg.context_in_dim} and {cfg.vec_in_dim}"
             raise UserError(f"text.path is {config.text.path!r}: T5 and CLIP are {widths} wide, {remedy}")
         tokenize = text.tokenizer(text_cfg)
-        text_params = text.load(text_cfg, seed=config.train.seed, device=device)
+        text_params = text.load(text_cfg, config.train.seed, dtype, device)
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
 
@@ -67,21 +69,23 @@ def build(config: ml_collections.ConfigDict, cfg: FluxConfig, device: torch.devi
 
     @torch.no_grad()
     def encode_image(images: Tensor, noise: Tensor | None) -> Tensor:
-        return autoencoder.encode(image_params, image_cfg, images.to(device), noise)
+        images = images.to(device, dtype if image_params else images.dtype)
+        return autoencoder.encode(image_params, image_cfg, images, noise).float()
 
     @torch.no_grad()
     def decode(latents: Tensor) -> Tensor:
-        return autoencoder.decode(image_params, image_cfg, latents)
+        latents = latents.to(dtype) if image_params else latents
+        return autoencoder.decode(image_params, image_cfg, latents).float()
 
     sampled = config.autoencoder.kind == "kl" and config.autoencoder.sample
     return Encoders(tokenize, encode_text, encode_image, decode, sampled)
 
 
-def _autoencoder(config: ml_collections.ConfigDict, device: torch.device):
+def _autoencoder(config: ml_collections.ConfigDict, dtype: torch.dtype, device: torch.device):
     if config.autoencoder.kind == "kl" and config.autoencoder.path:
         try:
-            return autoencoder.load(config.autoencoder.path, device=device)
+            return autoencoder.load(config.autoencoder.path, dtype, device)
         except (ValueError, OSError) as error:
             raise UserError(f"autoencoder.path is {config.autoencoder.path!r}: {error}") from error
     cfg = autoencoder.AutoencoderConfig(kind=config.autoencoder.kind)
-    return autoencoder.init(cfg, seed=config.train.seed, device=device), cfg
+    return autoencoder.init(cfg, config.train.seed, dtype, device), cfg

@@ -7,7 +7,7 @@ import torch
 
 from flux_func import tree
 from flux_func.models import flux
-from flux_func.models.layers import Params
+from flux_func.models.layers import Params, at_least_float32
 from flux_func.train.optimizer import Optimizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -39,7 +39,10 @@ def abstract(config: ml_collections.ConfigDict, optimizer: Optimizer) -> dict:
 
 def _around(params: Params, config: ml_collections.ConfigDict, optimizer: Optimizer) -> dict:
     state = {"params": params, "opt": optimizer.init(params)}
-    return {**state, "ema": tree.map(torch.clone, params)} if config.ema.decay else state
+    if config.ema.decay:
+        # A thousandth of a bfloat16 weight's change would be rounded away.
+        state["ema"] = tree.map(lambda leaf: leaf.to(at_least_float32(leaf.dtype), copy=True), params)
+    return state
 
 
 def averaged(state: dict) -> dict:

@@ -18,9 +18,7 @@ from flux_func.transforms import ema, precision
 
 
 def make_ops(config: ml_collections.ConfigDict) -> Ops:
-    """Returns the Ops of a run: stages computed in numerics.compute, where parameters are kept in another type."""
-    if config.numerics.compute == config.numerics.param:
-        return Ops()
+    """Returns the Ops of a run: stages computed in numerics.compute, whatever type their parameters are kept in."""
     return Ops(wrap_stage=precision.compute_in(DTYPES[config.numerics.compute]))
 
 
