@@ -18,6 +18,8 @@ def run() -> None:
     """The console script."""
     cli.define_config()
     flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, pictures.", required=True)
+    # An empty one, from an unset shell variable, would be the current folder.
+    flags.register_validator("workdir", bool, "should name a folder")
     cli.define_device()
     cli.run(main)
 

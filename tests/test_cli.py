@@ -37,6 +37,7 @@ def test_a_user_error_is_one_line_and_exit_code_2(monkeypatch, capsys):
         (["--config={tmp}/broken.py", "--workdir={tmp}/w"], "--config"),
         (["--config=configs/flux_debug.py"], "--workdir"),
         (["--workdir={tmp}/w"], "--config"),
+        (["--config=configs/flux_debug.py", "--workdir="], "--workdir"),
         (["--config=configs/flux_debug.py", "--workdir={tmp}/w", "--config.train.step=3"], "steps"),
         (["--config=configs/flux_debug.py", "--workdir={tmp}/w", "--config.train.steps=many"], "train.steps"),
         (["--config=configs/flux_debug.py", "--workdir={tmp}/w", "--workdirr=x"], "workdirr"),
