@@ -2,13 +2,16 @@
 
 import functools
 import os
+import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 
 from absl import app, flags
 from ml_collections import config_flags
 
+from flux_func import config as configs
 from flux_func.errors import UserError
 
 
@@ -19,6 +22,12 @@ def define_config(required: bool = True) -> flags.FlagHolder:
     if required:
         flags.mark_flag_as_required("config")
     return holder
+
+
+def define_workdir(help_line: str) -> None:
+    """Defines --workdir, which has to be given and not to be empty: that would be the folder one happens to be in."""
+    flags.DEFINE_string("workdir", None, help_line, required=True)
+    flags.register_validator("workdir", lambda value: value != "", message="should name a folder")
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
@@ -35,17 +44,57 @@ def _parse(main: Callable, argv: list[str]) -> list[str]:
     if {"--help", "-help", "-h", "--helpshort"} & set(argv[1:]):
         print(usage(main))
         sys.exit(0)
-    _check_config_path(argv)
+    path = _config_path(argv)
+    configs.check_known(_overrides(argv))
     try:
         rest = flags.FLAGS(argv)
-    except flags.Error as error:
-        _fail(error)
-    except (AttributeError, KeyError, TypeError, ValueError, SyntaxError, ImportError, OSError) as error:
-        # What a config file or an override raises: ml_collections passes it through as it is.
-        _fail(f"--config: {error}")
+    except Exception as error:  # a config file may raise anything, and ml_collections passes it on
+        _fail(_explain(error, path))
     if len(rest) > 1:
         _fail(f"argument {rest[1]!r} is not a flag; flags start with --")
     return rest
+
+
+def _config_path(argv: list[str]) -> str:
+    """Returns the path that --config gives, or "" where it is not given; ends the program if there is no such file."""
+    path = ""
+    for i, arg in enumerate(argv):
+        name, equals, value = arg.partition("=")
+        if name in ("-config", "--config"):
+            path = value if equals else (argv[i + 1] if i + 1 < len(argv) else "")
+            path = path.split(":")[0]
+            if not os.path.isfile(path):
+                _fail(f"--config is {path!r}: no such file; see the folder configs/")
+    return path
+
+
+def _overrides(argv: list[str]) -> list[str]:
+    """Returns the dotted fields that are set by --config.FIELD or --noconfig.FIELD."""
+    names = (re.match(r"--?(?:no)?config\.([^=]+)", arg) for arg in argv[1:])
+    return [name[1] for name in names if name]
+
+
+def _explain(error: Exception, path: str) -> str:
+    """Returns in one line what was raised while flags were parsed: over a flag, or by the code of a config file."""
+    message, parsing = str(error), "whilst parsing config file"
+    if not isinstance(error, flags.Error) or parsing in message:
+        return _explain_file(error, path)
+    field = re.match(r"flag --config\.([\w.]+)=", message)
+    usual = dict(configs.flat(configs.default())).get(field[1]) if field else None
+    return message if usual is None else f"{message}: should be of the type of {usual!r}, its default"
+
+
+def _explain_file(error: Exception, path: str) -> str:
+    lines = re.findall(rf'File "{re.escape(path)}", line (\d+)', "".join(traceback.format_exception(error)))
+    where = f"--config is {path!r}" + (f" (line {lines[-1]})" if lines else "")
+    if isinstance(error, AttributeError) and error.name == "get_config":
+        return f"{where}: should define get_config(), as configs/flux_debug.py does"
+    if isinstance(error, flags.Error):
+        return f"{where}: {str(error).splitlines()[-1]}"  # all before is a traceback
+    while error.args and isinstance(error.args[0], Exception):
+        error = error.args[0]
+    message = str(error.args[0]) if error.args else type(error).__name__
+    return f"{where}: " + re.sub(r"(?s) Other fields present:.*\n", " ", message)
 
 
 def usage(main: Callable) -> str:
@@ -62,16 +111,6 @@ def usage(main: Callable) -> str:
 
 def _default(flag: flags.Flag) -> str:
     return f" (default: {flag.default})" if flag.default not in (None, [], "") else ""
-
-
-def _check_config_path(argv: list[str]) -> None:
-    for i, arg in enumerate(argv):
-        name, equals, value = arg.lstrip("-").partition("=")
-        if name == "config":
-            path = value if equals else (argv[i + 1] if i + 1 < len(argv) else "")
-            path = path.split(":")[0]
-            if not os.path.isfile(path):
-                _fail(f"--config is {path!r}: no such file; see the folder configs/")
 
 
 def _fail(message: object) -> None:

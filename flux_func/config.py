@@ -4,7 +4,8 @@ A file of `configs/` starts from `default()` and states only what differs. Any f
 line (`--config.train.steps=20`); the tree is locked, so a mistyped field is an error that names the nearest one.
 """
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import ml_collections
@@ -152,6 +153,18 @@ NOT_NEGATIVE = (
 )
 FRACTIONS = ("data.prompt_dropout", "data.validation_fraction", "ema.decay", "optimizer.final_lr_fraction")
 PATH_NEEDED = {"data.source": ("wds", "folder", "hf"), "text.kind": ("hf",)}
+# Fields that only some values of another one read: with any other they would be ignored without a word.
+READ_WITH = {
+    "autoencoder.path": ("autoencoder.kind", ("kl",)),
+    "autoencoder.random_init": ("autoencoder.kind", ("kl",)),
+    "text.path": ("text.kind", ("hf",)),
+    "text.random_init": ("text.kind", ("hf",)),
+    "data.path": ("data.source", ("wds", "folder", "hf")),
+    "data.streaming": ("data.source", ("hf",)),
+    "optimizer.decay_steps": ("optimizer.schedule", ("cosine", "linear")),
+    "optimizer.final_lr_fraction": ("optimizer.schedule", ("cosine", "linear")),
+    "checkpoint.export_dtype": ("checkpoint.last_weights_only", (True,)),
+}
 # What may change between a checkpoint and the run that goes on from it.
 RESUME_MAY_DIFFER = ("train.steps", "data.workers", "sample.*", "validate.*", "metrics.*", "remat.*", "*.every")
 
@@ -166,14 +179,14 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
-    """Checks every field's value against its range and the fields that depend on each other.
+    """Checks every field's type and value against its range, and the fields that depend on each other.
 
     Raises:
       UserError: the first field found wrong, its value and what it should be.
     """
     from flux_func.models.flux import FLAVORS
 
-    fields = dict(flat(config))
+    fields = _fields(config)
     _check(fields, "model.flavor", fields["model.flavor"] in FLAVORS, one_of(fields["model.flavor"], FLAVORS))
     for field, choices in CHOICES.items():
         _check(fields, field, fields[field] in choices, one_of(fields[field], choices))
@@ -183,25 +196,67 @@ def validate(config: ml_collections.ConfigDict) -> None:
         _check(fields, field, fields[field] >= 0, "should not be negative")
     for field in FRACTIONS:
         _check(fields, field, 0 <= fields[field] <= 1, "should be in [0, 1]")
+    for field, value in fields.items():
+        _check(fields, field, not isinstance(value, float) or math.isfinite(value), "should be finite")
+    betas = fields["optimizer.betas"]
+    in_range = all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in betas)
+    _check(fields, "optimizer.betas", len(betas) == 2 and in_range, "should be two numbers in [0, 1)")
+    _check(fields, "sample.prompts", all(isinstance(p, str) for p in fields["sample.prompts"]), "should be texts")
     size, batch, micro = fields["data.image_size"], fields["train.batch_size"], fields["train.accumulate"]
-    nearest = max(16, round(size / 16) * 16)
-    _check(fields, "data.image_size", size >= 16 and size % 16 == 0, f"should be a multiple of 16, such as {nearest}")
+    near = max(16, round(size / 16) * 16)
+    _check(fields, "data.image_size", size >= 16 and size % 16 == 0, f"should be a multiple of 16, such as {near}")
     _check(fields, "train.accumulate", batch % micro == 0, f"should divide train.batch_size, which is {batch}")
     for field, kinds in PATH_NEEDED.items():
         path, given = field.split(".")[0] + ".path", fields[field]
         _check(fields, path, given not in kinds or fields[path], f"should be set, as {field} is {given!r}")
+    for field, (switch, values) in READ_WITH.items():
+        good = not fields[field] or fields[switch] in values
+        _check(fields, field, good, f"is read only where {switch} is {' or '.join(map(repr, values))}")
     weightless = fields["autoencoder.kind"] == "kl" and not fields["autoencoder.random_init"]
     remedy = "should name an ae.safetensors (or set autoencoder.random_init to try a set-up out)"
     _check(fields, "autoencoder.path", fields["autoencoder.path"] or not weightless, remedy)
 
 
-def one_of(value: Any, choices) -> str:
-    """Returns the remedy for a value that is none of `choices`: the nearest one, and all of them."""
+def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns {dotted field: value}; UserError where they are not the fields of `default`, each of its type."""
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"config is a {type(config).__name__}: should be flux_func.config.default() with changes")
+    known, fields = dict(flat(default())), dict(flat(config))
+    check_known(fields)
+    for field, usual in known.items():
+        if field not in fields:
+            raise UserError(f"{field} is not set: a config should start from flux_func.config.default()")
+        _check(fields, field, _is_like(fields[field], usual), f"should be of the type of {usual!r}, its default")
+    return fields
+
+
+def _is_like(value: Any, usual: Any) -> bool:
+    if usual is None:
+        return value is None or isinstance(value, bool)
+    return type(value) in (int, float) if isinstance(usual, float) else type(value) is type(usual)
+
+
+def check_known(fields: Iterable[str]) -> None:
+    """Checks that these dotted fields, or groups of them, are of `default`; UserError names the nearest one."""
+    known = [field for field, _ in flat(default())]
+    groups = {field.partition(".")[0] for field in known}
+    for field in fields:
+        if field not in known and field not in groups:
+            raise UserError(f"{field} is no field of the config: {nearest(field, known)}see flux_func/config.py")
+
+
+def nearest(value: str, choices: Iterable[str]) -> str:
+    """Returns "did you mean ...? " for the choice nearest to a value, or "" where none is near."""
     import difflib
 
-    near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
-    guess = f"did you mean {near[0]!r}? " if near else ""
-    return f"{guess}should be one of {', '.join(repr(choice) for choice in choices)}"
+    near = difflib.get_close_matches(value, list(choices), n=1)
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
+def one_of(value: Any, choices) -> str:
+    """Returns the remedy for a value that is none of `choices`: the nearest one, and all of them."""
+    listed = ", ".join(repr(choice) for choice in choices)
+    return f"{nearest(str(value), map(str, choices))}should be one of {listed}"
 
 
 def check_resume(saved: Mapping[str, Any], config: ml_collections.ConfigDict) -> None:

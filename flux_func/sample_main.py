@@ -50,7 +50,7 @@ def run() -> None:
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("workdir", None, "Folder of the run to sample from.", required=True)
+    cli.define_workdir("Folder of the run to sample from.")
     flags.DEFINE_integer("step", None, "Step of the checkpoint; left out: the newest.")
     flags.DEFINE_bool("ema", False, "Sample from the averaged weights.")
     flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
@@ -109,11 +109,13 @@ def read_config(workdir: str) -> ml_collections.ConfigDict:
     path = Path(workdir) / "config.json"
     config = configs.default()
     try:
-        config.update(json.loads(path.read_text()))
+        saved = json.loads(path.read_text())
+        configs.check_known([*saved, *dict(configs.flat(saved))])
+        config.update(saved)
     except OSError as error:
         remedy = "should be the --workdir of a train_main run"
         raise UserError(f"--workdir is {workdir!r}: {path} cannot be read ({error.strerror}); {remedy}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (UserError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"--workdir is {workdir!r}: {path} is not a config of this version ({error})") from error
     configs.validate(config)
     return config

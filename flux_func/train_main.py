@@ -17,7 +17,7 @@ from flux_func import cli
 def run() -> None:
     """The console script."""
     cli.define_config()
-    flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, pictures.", required=True)
+    cli.define_workdir("Folder of the run: checkpoints, metrics, pictures.")
     # An empty one, from an unset shell variable, would be the current folder.
     flags.register_validator("workdir", bool, "should name a folder")
     cli.define_device()

@@ -44,7 +44,7 @@ LAYERS = {
     "data": SETTINGS | {"data"},
     "interop": SETTINGS | {"interop"},
     "train": TRAIN,
-    "cli": {"errors"},
+    "cli": {"config", "errors"},
     "api": TRAIN - {"config", "data"},
     "main": TRAIN | {"cli"},
 }
@@ -138,13 +138,13 @@ def plan(root: Path) -> dict[str, list[Rule]]:
     """Returns the targets of each folder, sources at the top ("") included."""
     files = sources(root)
     known = modules(files)
-    homes = {file: _home(root, file, known) for file in files}
+    used = {file: uses(root, file, known) for file in files}
+    homes = {file: _home(root, file, used) for file in files}
     rules: dict[str, list[Rule]] = {}
     for kind, folder, name in sorted(set(homes.values()), key=lambda home: (home[1], home[0], home[2])):
         members = [file for file in files if homes[file] == (kind, folder, name)]
-        used = [uses(root, file, known) for file in members]
-        labels = {f"//{homes[file][1]}:{homes[file][2]}" for ours, _ in used for file in ours}
-        labels |= {f"//third_party:{module}" for _, foreign in used for module in foreign}
+        labels = {f"//{homes[file][1]}:{homes[file][2]}" for member in members for file in used[member][0]}
+        labels |= {f"//third_party:{module}" for member in members for module in used[member][1]}
         attributes = {"srcs": [Path(file).name for file in members], **_extras(kind, folder, name, members)}
         deps = sorted(labels - {f"//{folder}:{name}"}, key=_order(folder))
         attributes["deps"] = [_short(label, folder) for label in deps]
@@ -161,13 +161,13 @@ def build_files(root: Path) -> dict[str, str]:
     return {**texts, "third_party/BUILD": render_table(foreign)}
 
 
-def _home(root: Path, file: str, known: dict[str, str]) -> tuple[str, str, str]:
+def _home(root: Path, file: str, used: dict[str, tuple[set[str], set[str]]]) -> tuple[str, str, str]:
     path = Path(file)
     folder = "" if path.parent == Path(".") else path.parent.as_posix()
     if is_test(file):
         return "py_test", folder, path.stem
-    shared = [] if folder in ("", "flux_func") else [x for x in known.values() if Path(x).parent == path.parent]
-    imported_here = any(file in uses(root, other, known)[0] for other in shared if not is_test(other))
+    shared = [] if folder in ("", "flux_func") else [other for other in used if Path(other).parent == path.parent]
+    imported_here = any(file in used[other][0] for other in shared if not is_test(other))
     if _is_program(root / file) and not imported_here:
         return "py_binary", folder, path.stem
     return "py_library", folder, path.parent.name if shared or path.name == "__init__.py" else path.stem

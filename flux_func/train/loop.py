@@ -1,6 +1,8 @@
 """A training run from its config to its last checkpoint: what `train_main` does."""
 
+import contextlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ import torch
 from flux_func import config as configs
 from flux_func.data import images as pictures
 from flux_func.data import pipeline, sources
+from flux_func.errors import UserError
 from flux_func.models import flops, flux
 from flux_func.train import checkpoint, encoders, generate, metrics, optimizer, state, validate
 from flux_func.train import step as steps
@@ -48,30 +51,41 @@ def train(
       UserError: a setting that cannot be honoured, before anything is written.
     """
     resumed, run = prepare(config, workdir, device)
-    current = begin(run, resumed)
+    current, start = begin(run, resumed), resumed or 0
+    run.workdir.mkdir(parents=True, exist_ok=True)
+    metrics.write_json(run.workdir / "config.json", to_json(config))
     with (
         checkpoint.Checkpoints(workdir, config.checkpoint.keep_last, config.checkpoint.keep_every) as checkpoints,
         metrics.open_metrics(
             workdir,
             config.train.steps,
-            resumed or 0,
+            start,
             tensorboard=config.metrics.tensorboard,
             wandb=config.metrics.wandb,
             config=to_json(config),
         ) as writer,
     ):
-        step = loop(run, current, resumed or 0, checkpoints, writer, stop)
+        with contextlib.closing(batches(run, start)) as data:
+            step = loop(run, current, start, data, checkpoints, writer, stop)
         finish(run, current, step, checkpoints, writer, stop())
 
 
 def prepare(config: ml_collections.ConfigDict, workdir: str, device: torch.device) -> tuple[int | None, Run]:
-    """Checks everything that can be checked, builds what a run needs, and only then makes the workdir."""
+    """Checks everything that can be checked and builds what a run needs; writes nothing."""
     configs.validate(config)
+    check_workdir(workdir)
+    if config.metrics.wandb:
+        metrics.import_wandb(config.metrics.wandb)
     resumed = None
     found = checkpoint.resume_point(workdir)
     if found:
         resumed, saved = found
         configs.check_resume(saved, config)
+        if resumed > config.train.steps:
+            raise UserError(
+                f"train.steps is {config.train.steps}: should be at least {resumed}, the step of the checkpoint in "
+                f"the workdir; or name another --workdir"
+            )
     cfg = state.model_config(config)
     run = Run(
         config=config,
@@ -92,9 +106,17 @@ def prepare(config: ml_collections.ConfigDict, workdir: str, device: torch.devic
         config.checkpoint.keep_last,
         config.checkpoint.keep_every,
     )
-    run.workdir.mkdir(parents=True, exist_ok=True)
-    metrics.write_json(run.workdir / "config.json", to_json(config))
     return resumed, run
+
+
+def check_workdir(workdir: str) -> None:
+    """Checks that the workdir is a folder that can be written to, or can be made one; UserError if not."""
+    path = Path(workdir).absolute()
+    there = next(p for p in (path, *path.parents) if os.path.lexists(p))
+    if not there.is_dir():
+        raise UserError(f"workdir is {workdir!r}: {there} is not a folder; name another --workdir")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"workdir is {workdir!r}: {there} may not be written to; name another --workdir")
 
 
 def needs_validation(config: ml_collections.ConfigDict) -> bool:
@@ -113,17 +135,16 @@ def loop(
     run: Run,
     current: dict,
     start: int,
+    data: Iterator[dict[str, Any]],
     checkpoints: checkpoint.Checkpoints,
     writer: metrics.Metrics,
     stop: Callable[[], str],
 ) -> int:
     """Takes the steps from `start` to train.steps, with what is due after each; returns the last step taken."""
-    config, meter = run.config, Meter(run, writer.last("samples_skipped", 0) if start else 0)
-    step, data = start, batches(run, start)
+    config, meter, step = run.config, Meter(run, writer.last("samples_skipped", 0) if start else 0), start
     while step < config.train.steps and not stop():
         batch = meter.next(data)
-        for line in batch["skipped"]:
-            writer.say(f"step {step + 1}: a sample was replaced: {line}")
+        say_skipped(batch, f"step {step + 1}", writer)
         current, out = steps.train_step(
             current,
             batch,
@@ -142,7 +163,7 @@ def loop(
             writer.advance(step)
         meter.pause()
         if due(step, config.validate.every):
-            writer.write(step, validation(run, current, step))
+            writer.write(step, validation(run, current, step, writer))
         if due(step, config.sample.every):
             draw(run, current, prompts(run), f"step_{step:06d}.png")
         if due(step, config.checkpoint.every) and not last:
@@ -194,12 +215,19 @@ def held_out(run: Run, count: int, batch_size: int) -> Iterator[dict[str, Any]]:
     )
 
 
-def validation(run: Run, current: dict, step: int) -> dict[str, Any]:
+def say_skipped(batch: dict[str, Any], when: str, writer: metrics.Metrics) -> dict[str, Any]:
+    """Names the samples that were replaced in a batch; returns the batch."""
+    for line in batch["skipped"]:
+        writer.say(f"{when}: a sample was replaced: {line}")
+    return batch
+
+
+def validation(run: Run, current: dict, step: int, writer: metrics.Metrics) -> dict[str, Any]:
     """Returns the validation loss, after drawing the split's own captions where that is asked for."""
     v, params = run.config.validate, state.averaged(current)
     if v.images:
         draw(run, current, captions(run, v.images), f"validation_{step:06d}.png")
-    data = held_out(run, v.samples, v.batch_size)
+    data = (say_skipped(batch, "validation", writer) for batch in held_out(run, v.samples, v.batch_size))
     return validate.run(params, run.cfg, data, config=run.config, encoders=run.encoders, device=run.device)
 
 

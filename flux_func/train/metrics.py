@@ -154,13 +154,7 @@ class WeightsAndBiases:
     """The same scalars in a run of Weights & Biases, which a resumed run goes on with."""
 
     def __init__(self, workdir: str | Path, project: str, config: Mapping[str, Any]):
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError(
-                f"metrics.wandb is {project!r}: Weights & Biases is not installed: "
-                f"pip install flux-func[wandb], or set metrics.wandb to ''"
-            ) from error
+        wandb = import_wandb(project)
         known = Path(workdir) / "wandb_run_id.txt"
         if not known.exists():
             _replace(known, secrets.token_hex(4))
@@ -174,6 +168,18 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def import_wandb(project: str) -> Any:
+    """Returns the module wandb; UserError where it is not installed."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            f"metrics.wandb is {project!r}: Weights & Biases is not installed: "
+            f"pip install flux-func[wandb], or set metrics.wandb to ''"
+        ) from error
+    return wandb
 
 
 class Console:

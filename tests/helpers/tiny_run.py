@@ -72,6 +72,7 @@ def program(main: ModuleType, *args: object) -> int:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     with pytest.MonkeyPatch.context() as patch, flagsaver.flagsaver():
         flags.FLAGS.unparse_flags()
+        sys.modules.pop("config_config", None)  # the config file of the run before: its functions would stay
         patch.setattr(sys, "argv", [main.__name__.rpartition(".")[2], *map(str, args)])
         try:
             main.run()

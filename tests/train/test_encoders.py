@@ -1,0 +1,130 @@
+"""The encoders of a run are the models' own functions, on what the config names; and every wrong path is named."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from flux_func import tree
+from flux_func.errors import UserError
+from flux_func.models import autoencoder, flux, text
+from flux_func.train import encoders
+from tests.helpers import tiny_pipeline, tiny_run
+from tests.helpers.tiny_run import CPU
+
+CFG = flux.flavor("flux-tiny")
+KL = autoencoder.AutoencoderConfig(kind="kl")
+CAPTIONS = ["a handwritten three", ""]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """T5 and CLIP as wide as FLUX takes them, of one layer."""
+    return tiny_pipeline.build(tmp_path_factory.mktemp("hf") / "flux", 4096, 768, layers=1)
+
+
+@pytest.fixture(scope="module")
+def kl():
+    return encoders.build(*settings({"autoencoder.kind": "kl", "autoencoder.random_init": True}))
+
+
+def settings(fields=None):
+    return tiny_run.config(fields), CFG, CPU
+
+
+def images(size=16, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).uniform(-1, 1, (2, 3, size, size)).astype(np.float32))
+
+
+def test_dct_and_hash_are_the_models_functions():
+    codecs = encoders.build(*settings({"text.max_length": 5}))
+    latents = codecs.encode_image(images(), None)
+    torch.testing.assert_close(latents, autoencoder.encode({}, autoencoder.AutoencoderConfig(), images()))
+    torch.testing.assert_close(codecs.decode(latents), autoencoder.decode({}, autoencoder.AutoencoderConfig(), latents))
+    tokens = codecs.tokenize(CAPTIONS)
+    assert tokens["t5"].shape == (2, 5) and tokens["clip"].shape == (2, 77)
+    cfg = text.TextConfig(max_length=5)
+    for ours, theirs in zip(
+        codecs.encode_text(tokens), text.encode({}, cfg, text.tokenizer(cfg)(CAPTIONS)), strict=True
+    ):
+        assert torch.equal(ours, theirs) and ours.shape[-1] in (CFG.context_in_dim, CFG.vec_in_dim)
+    assert not codecs.posterior_noise
+
+
+def test_kl_with_random_weights_draws_from_its_posterior(kl):
+    params, noise = autoencoder.init(KL, seed=0), torch.ones(2, 16, 2, 2)
+    assert kl.posterior_noise
+    drawn, mean = kl.encode_image(images(), noise), kl.encode_image(images(), None)
+    with torch.no_grad():
+        torch.testing.assert_close(drawn, autoencoder.encode(params, KL, images(), noise))
+        torch.testing.assert_close(mean, autoencoder.encode(params, KL, images()))
+        torch.testing.assert_close(kl.decode(mean), autoencoder.decode(params, KL, mean))
+    assert (drawn - mean).abs().min() > 0
+    assert not (drawn.requires_grad or kl.decode(mean).requires_grad)
+
+
+def test_kl_reads_its_file_and_trains_on_the_mean_where_asked(tmp_path):
+    params = autoencoder.init(KL, seed=7)
+    save_file(tree.flatten(params), tmp_path / "ae.safetensors")
+    fields = {"autoencoder.kind": "kl", "autoencoder.path": str(tmp_path / "ae.safetensors")}
+    codecs = encoders.build(*settings({**fields, "autoencoder.sample": False}))
+    assert not codecs.posterior_noise
+    with torch.no_grad():
+        torch.testing.assert_close(codecs.encode_image(images(), None), autoencoder.encode(params, KL, images()))
+
+
+@pytest.mark.parametrize("random_init", [False, True])
+def test_hf_is_t5_and_clip_of_the_folder(folder, random_init):
+    fields = {"text.kind": "hf", "text.path": str(folder), "text.max_length": 6, "text.random_init": random_init}
+    codecs = encoders.build(*settings({**fields, "train.seed": 3}))
+    cfg = text.TextConfig("hf", str(folder), max_length=6, random_init=random_init)
+    tokens = pickle.loads(pickle.dumps(codecs.tokenize))(CAPTIONS)
+    assert tokens["t5"].shape == (2, 6) and tokens["clip"].shape == (2, 77)
+    expected = text.encode(text.load(cfg, seed=3), cfg, tokens)
+    for ours, theirs in zip(codecs.encode_text(tokens), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+        assert not ours.requires_grad and (ours[0] - ours[1]).abs().max() > 0.1
+
+
+def test_what_has_weights_computes_in_the_type_asked_for(folder):
+    fields = {"text.kind": "hf", "text.path": str(folder), "numerics.compute": "bfloat16"}
+    codecs = encoders.build(*settings(fields))
+    txt, y = codecs.encode_text(codecs.tokenize(CAPTIONS))
+    assert txt.dtype == y.dtype == torch.bfloat16
+    latents = codecs.encode_image(images(), None)
+    assert latents.dtype == codecs.decode(latents).dtype == torch.float32
+    # dct has no weights: nothing of an image is rounded away.
+    torch.testing.assert_close(latents, autoencoder.encode({}, autoencoder.AutoencoderConfig(), images()))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"text.kind": "hf", "text.path": "{tmp}/none"}, "text.path is '{tmp}/none': there is no such folder"),
+        ({"text.kind": "hf", "text.path": "{tmp}"}, "text.path is '{tmp}': "),
+        (
+            {"text.kind": "hf", "text.path": "{tmp}/narrow", "text.random_init": True},
+            "text.path is '{tmp}/narrow': T5 and CLIP are (32, 24) wide, flux-tiny takes 4096 and 768",
+        ),
+        (
+            {"autoencoder.kind": "kl", "autoencoder.path": "{tmp}/ae.safetensors"},
+            "autoencoder.path is '{tmp}/ae.safetensors': cannot be read",
+        ),
+        (
+            {"autoencoder.kind": "kl", "autoencoder.path": "{tmp}/other.safetensors"},
+            "autoencoder.path is '{tmp}/other.safetensors': ",
+        ),
+    ],
+)
+def test_a_path_that_does_not_serve_is_named(tmp_path, fields, said):
+    if "narrow" in said:
+        tiny_pipeline.build(tmp_path / "narrow", weights=False)
+    save_file({"encoder.conv_in.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError) as error:
+        given = {
+            field: value.format(tmp=tmp_path) if isinstance(value, str) else value for field, value in fields.items()
+        }
+        encoders.build(*settings(given))
+    assert str(error.value).startswith(said.format(tmp=tmp_path)) and "\n" not in str(error.value)
