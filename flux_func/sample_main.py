@@ -7,6 +7,7 @@ Writes one PNG a prompt, its settings in the metadata, and a grid of them all.
 """
 
 import json
+import math
 import os
 import re
 import unicodedata
@@ -147,6 +148,9 @@ def choose_settings(config: ml_collections.ConfigDict, given: Mapping[str, Any])
     for flag in ("steps", "batch_size"):
         if settings[flag] < 1:
             raise UserError(f"--{flag} is {settings[flag]}: should be at least 1")
+    for flag in ("guidance", "cfg_scale"):
+        if not math.isfinite(settings[flag]):
+            raise UserError(f"--{flag} is {settings[flag]}: should be finite")
     if not model_config(config).guidance_embed:
         if given["guidance"] is not None:
             raise UserError(

@@ -188,7 +188,7 @@ def _extras(kind: str, folder: str, name: str, members: list[str]) -> dict[str, 
         if members[0] in READ_THE_CHECKOUT:
             extras["tags"] = ["manual"]
     if data:
-        extras["data"] = data
+        extras["data"] = sorted(data, key=_order(folder))
     if kind == "py_binary" and folder == "flux_func" or name == "flux_func":
         extras["visibility"] = [PUBLIC]
     return extras

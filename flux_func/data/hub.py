@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Iterator
+from logging import getLogger
 from typing import Any
 
 import ml_collections
@@ -138,6 +139,8 @@ def _fetch(path: str) -> bytes:
 
 def _load(data: ml_collections.ConfigDict, path: str) -> Any:
     """Returns a Dataset or IterableDataset, or a dict of them by split."""
+    # While it is imported, it tells of the frameworks that it finds.
+    getLogger("datasets").setLevel("WARNING")
     try:
         import datasets
     except ImportError as error:

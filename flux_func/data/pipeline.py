@@ -10,8 +10,10 @@ import itertools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from typing import Any
 
 import grain
@@ -244,10 +246,26 @@ def stack(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _dataset(recipe: Recipe, positions: Positions, workers: int) -> grain.IterDataset:
     threads = min(8, max(1, (os.cpu_count() or 1) // max(1, workers)))
+    if workers:
+        _start_tracker()
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, positions.share))
     samples = grain.MapDataset.source(positions).map(functools.partial(sample, recipe))
     dataset = samples.to_iter_dataset(options).batch(positions.share, batch_fn=stack)
     return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_init_worker)
+
+
+def _start_tracker() -> None:
+    """Starts multiprocessing's resource tracker, told to be quiet about what it is for.
+
+    A worker that grain ends may have a batch in shared memory that nobody has taken yet; the tracker removes it, and
+    would print a warning after the program's last line.
+    """
+    quiet = "ignore:resource_tracker"
+    sys.warnoptions.append(quiet)
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        sys.warnoptions.remove(quiet)
 
 
 def _init_worker(index: int, count: int) -> None:

@@ -5,6 +5,7 @@ import json
 import pathlib
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -20,8 +21,9 @@ from flux_func.train import loop
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = ROOT / "configs/flux_debug.py"
-# What makes of configs/flux_debug.py a run of a few seconds.
+# What makes of configs/flux_debug.py a run of a second or two.
 TINY = {
+    "metrics.tensorboard": False,
     "model.flavor": "flux-tiny",
     "data.image_size": 32,
     "text.max_length": 4,
@@ -70,7 +72,8 @@ def arguments(workdir: pathlib.Path, fields: dict[str, Any] | None = None) -> li
 def program(main: ModuleType, *args: object) -> int:
     """Runs a program's `run` in this process on a command line; returns its exit code."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    with pytest.MonkeyPatch.context() as patch, flagsaver.flagsaver():
+    with pytest.MonkeyPatch.context() as patch, flagsaver.flagsaver(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of ml_collections' way of loading a config file
         flags.FLAGS.unparse_flags()
         sys.modules.pop("config_config", None)  # the config file of the run before: its functions would stay
         patch.setattr(sys, "argv", [main.__name__.rpartition(".")[2], *map(str, args)])

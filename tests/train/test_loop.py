@@ -35,6 +35,7 @@ FULL = {
     "checkpoint.every": 1,
     "checkpoint.keep_last": 2,
     "metrics.peak_tflops": 2.0,
+    "metrics.tensorboard": True,
 }
 
 
@@ -44,6 +45,12 @@ def full(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("loop") / "deep" / "run"
     train(workdir, FULL)
     return workdir
+
+
+@pytest.fixture(autouse=True)
+def no_curves(full, monkeypatch):
+    """Half of a tiny run's time is curves.png: `full` has one, and tests/train/test_curves.py looks at many."""
+    monkeypatch.setattr(metrics, "draw_curves", lambda records, path: None)
 
 
 def stored(workdir, step):
@@ -177,19 +184,20 @@ RUNS = {
         "train.accumulate": 2,
         "train.timesteps": "stratified",
     },
-    "bfloat16, cosine, recomputation": {
+    "bfloat16, average, cosine, recomputation": {
+        "numerics.param": "bfloat16",
         "numerics.compute": "bfloat16",
+        "ema.decay": 0.99,
         "optimizer.schedule": "cosine",
         "optimizer.decay_steps": 9,
         "remat.policy": "full",
     },
-    "bfloat16 weights": {"numerics.compute": "bfloat16", "numerics.param": "bfloat16", "ema.decay": 0.99},
 }
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_resumed_run_is_one_that_never_stopped(tmp_path, name):
-    fields = {**RUNS[name], "metrics.tensorboard": False}
+    fields = RUNS[name]
     whole = losses(train(tmp_path / "whole", {**fields, "train.steps": 6}))
     first = losses(train(tmp_path / "parts", {**fields, "train.steps": 2}))
     second = losses(train(tmp_path / "parts", {**fields, "train.steps": 6, "checkpoint.every": 3}))
@@ -269,6 +277,13 @@ def test_weights_only_at_the_end_in_the_type_asked_for(tmp_path):
     assert "opt" in checkpoint.abstract(tmp_path / "weights", 3)
     with pytest.raises(UserError, match="holds weights only"):
         train(tmp_path / "weights", {**fields, "checkpoint.every": 3, "train.steps": 6})
+
+
+def test_the_rate_written_is_that_of_the_step(tmp_path):
+    fields = {"optimizer.warmup_steps": 3, "optimizer.schedule": "linear", "optimizer.decay_steps": 5}
+    train(tmp_path, {**fields, "train.steps": 2})
+    rates = [record["lr"] for record in train(tmp_path, {**fields, "train.steps": 5})]
+    assert rates == pytest.approx([1e-4 / 3, 2e-4 / 3, 1e-4, 5e-5, 0])
 
 
 # Data
