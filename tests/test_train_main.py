@@ -1,8 +1,8 @@
-"""The program: on every kind of data and encoder, from training to sampled pictures, and through signals."""
+"""The program, on every kind of data and encoder: from training to sampled pictures."""
 
+import itertools
 import os
 import re
-import signal
 import subprocess
 import sys
 
@@ -15,7 +15,7 @@ from flux_func import sample_main, train_main
 from flux_func.data import images, sources
 from flux_func.train import checkpoint
 from tests.helpers import tiny_data, tiny_pipeline, tiny_run
-from tests.helpers.tiny_run import losses, records
+from tests.helpers.tiny_run import records
 
 DRAWN = {"sample.every": 1, "sample.steps": 1, "validate.every": 1, "validate.samples": 2, "validate.images": 2}
 PROMPT = "a photograph of a red bird"
@@ -29,7 +29,8 @@ def run_through(workdir, fields, size):
     assert 0 < training["loss"] < 100 and 0 < validation["validation_loss"] < 100
     config = sample_main.read_config(str(workdir))
     source = sources.build(config, "validation")
-    captions = [source[i % len(source)][1] for i in range(4)]
+    rows = map(source.read, source) if config.data.streaming else (source[i % len(source)] for i in range(4))
+    captions = [caption for _, caption in itertools.islice(rows, 4)]
     for name, texts in (("step_000001", captions), ("validation_000001", captions[:2])):
         page = images.grid([np.zeros((3, size, size))] * len(texts), texts)
         assert Image.open(workdir / "samples" / f"{name}.png").size == page.size
@@ -49,12 +50,14 @@ def test_tars_made_here(tmp_path):
     run_through(tmp_path / "run", {"data.source": "wds", "data.path": tar}, 16)
 
 
-def test_rows_of_a_data_set_on_disk(tmp_path):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_of_a_data_set_on_disk(tmp_path, streaming):
     datasets = pytest.importorskip("datasets")
     pictures = [tiny_data.picture(i, (40, 36)) for i in range(6)]
     table = datasets.Dataset.from_dict({"image": pictures, "caption": [f"caption {i}" for i in range(6)]})
     table.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "rows")
-    run_through(tmp_path / "run", {"data.source": "hf", "data.path": tmp_path / "rows"}, 32)
+    fields = {"data.source": "hf", "data.path": tmp_path / "rows", "data.validation_fraction": 0.5}
+    run_through(tmp_path / "run", {**fields, "data.streaming": streaming}, 32)
 
 
 def test_flux_autoencoder_t5_and_clip_with_random_weights(tmp_path):
@@ -75,70 +78,6 @@ def test_guidance_average_and_precision_from_training_to_pictures(tmp_path):
         pictures[tuple(flags)] = (out / "grid.png").read_bytes()
     assert pictures[()] == pictures[("--step=2",)]
     assert len(set(pictures.values())) == 5
-
-
-def start(workdir, fields, **options):
-    """Starts the program as a process of its own, with steps without end."""
-    command = [
-        sys.executable,
-        "-m",
-        "flux_func.train_main",
-        *tiny_run.arguments(workdir, fields | {"train.steps": 10**6}),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(tiny_run.ROOT)}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options
-    )
-
-
-def read_until(process, step):
-    """Reads the console until the line of a step."""
-    for line in process.stdout:
-        if line.startswith(f"step {step}/"):
-            return
-    raise AssertionError(process.stderr.read())
-
-
-def assert_goes_on(workdir, fields, step):
-    """Checks that a run resumed at `step` is, three steps on, one that was never stopped."""
-    fields = fields | {"train.steps": step + 3}
-    for folder in (workdir, workdir.with_name("whole")):
-        assert tiny_run.program(train_main, *tiny_run.arguments(folder, fields | {"data.workers": 0})) == 0
-    whole = losses(records(workdir.with_name("whole")))
-    assert [number for number, *_ in whole] == list(range(1, step + 4))
-    assert losses(records(workdir)) == whole
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_signal_saves_says_how_to_go_on_and_exits_with_0(tmp_path, workers):
-    """SIGTERM to the process; and SIGINT to its whole group, workers too, as Ctrl-C sends it."""
-    fields, workdir = {"data.workers": workers, "ema.decay": 0.9}, tmp_path / "run"
-    process = start(workdir, fields, start_new_session=True)
-    read_until(process, 2)
-    number = signal.SIGINT if workers else signal.SIGTERM
-    os.killpg(process.pid, number) if workers else process.send_signal(number)
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    [step] = checkpoint.steps(workdir)
-    said = f"stopped by {number.name} after step {step} of 1000000; the checkpoint is saved: the same command goes on"
-    assert said in out and "Traceback" not in err
-    assert [record["step"] for record in records(workdir)] == list(range(1, step + 1))
-    assert_goes_on(workdir, fields, step)
-
-
-def test_a_kill_between_checkpoints_loses_the_steps_since_the_last(tmp_path):
-    fields, workdir = (
-        {"checkpoint.every": 3, "optimizer.name": "SGD", "optimizer.options": "momentum=0.9"},
-        tmp_path / "run",
-    )
-    process = start(workdir, fields)
-    read_until(process, 8)  # the save of step 6 has waited for that of step 3
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    last = checkpoint.latest(workdir)
-    assert last >= 3 and last % 3 == 0 and records(workdir)[-1]["step"] >= 8
-    assert_goes_on(workdir, fields, last)
 
 
 def test_bad_input_ends_the_process_with_one_line_and_exit_code_2(tmp_path):

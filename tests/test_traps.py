@@ -44,9 +44,9 @@ a precision or batch size that is asked for and not used
 a setting that is ignored without a word
     tests/faults/test_bad_input.py::test_a_wrong_field
 a resumed run whose loss jumps: generators, moments, average or place in the data lost, an epoch counted wrong
-    tests/train/test_loop.py::test_a_resumed_run_is_one_that_never_stopped
-    tests/train/test_loop.py::test_a_run_that_breaks_goes_on_from_its_last_checkpoint
-    tests/test_train_main.py::test_a_kill_between_checkpoints_loses_the_steps_since_the_last
+    tests/train/test_loop_resume.py::test_a_resumed_run_is_one_that_never_stopped
+    tests/train/test_loop_resume.py::test_a_run_that_breaks_goes_on_from_its_last_checkpoint
+    tests/faults/test_interrupted.py::test_a_kill_between_checkpoints_loses_the_steps_since_the_last
     tests/data/test_pipeline.py::test_each_epoch_is_a_permutation
 a checkpoint that the next step writes over while it is saved
     tests/train/test_checkpoint.py::test_state_may_be_changed_in_place_right_after_save

@@ -86,25 +86,25 @@ def prepare(config: ml_collections.ConfigDict, workdir: str, device: torch.devic
                 f"train.steps is {config.train.steps}: should be at least {resumed}, the step of the checkpoint in "
                 f"the workdir; or name another --workdir"
             )
-    cfg = state.model_config(config)
+    cfg, chosen = state.model_config(config), optimizer.from_config(config)
+    upcoming = [step for step in range(resumed or 0, config.train.steps) if due(step, config.checkpoint.every)]
+    checkpoint.check_room(
+        workdir,
+        state.size_in_bytes(state.abstract(config, chosen)),
+        [*upcoming, config.train.steps],
+        config.checkpoint.keep_last,
+        config.checkpoint.keep_every,
+    )
     run = Run(
         config=config,
         workdir=Path(workdir),
         device=device,
         cfg=cfg,
-        encoders=encoders.build(config, cfg, device),
-        optimizer=optimizer.from_config(config),
+        optimizer=chosen,
         schedule=optimizer.schedule_from_config(config),
         train_source=sources.build(config, config.data.split),
         validation_source=sources.build(config, config.validate.split) if needs_validation(config) else None,
-    )
-    upcoming = [step for step in range(resumed or 0, config.train.steps) if due(step, config.checkpoint.every)]
-    checkpoint.check_room(
-        workdir,
-        state.size_in_bytes(state.abstract(config, run.optimizer)),
-        [*upcoming, config.train.steps],
-        config.checkpoint.keep_last,
-        config.checkpoint.keep_every,
+        encoders=encoders.build(config, cfg, device),  # last, as this may take minutes
     )
     return resumed, run
 

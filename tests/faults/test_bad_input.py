@@ -1,6 +1,5 @@
 """Bad input to the programs: exit code 2, one line that names field and remedy, and nothing written or overwritten."""
 
-import errno
 import json
 import os
 import shutil
@@ -85,7 +84,6 @@ FIELDS = [
     ("data.prompt_dropout", -0.1, "data.prompt_dropout is -0.1: should be in [0, 1]"),
     ("data.prompt_dropout", "nan", "data.prompt_dropout is nan: should be in [0, 1]"),
     ("train.steps", 0, "train.steps is 0: should be at least 1"),
-    ("train.steps", -3, "train.steps is -3: should be at least 1"),
     ("train.batch_size", 0, "train.batch_size is 0: should be at least 1"),
     ("train.batch_size", -2, "train.batch_size is -2: should be at least 1"),
     ("train.accumulate", 0, "train.accumulate is 0: should be at least 1"),
@@ -400,13 +398,3 @@ def test_sampling_an_average_that_is_not_kept(tmp_path, capfd):
     assert tiny_run.program(train_main, *tiny_run.arguments(tmp_path, {"train.steps": 1})) == 0
     line = refused(capfd, tmp_path, sample_main, f"--workdir={tmp_path}", "--prompt=a", "--ema")
     assert line == "--ema is True: the checkpoint of step 1 holds no average (ema.decay); leave --ema out"
-
-
-def test_sampling_where_the_pictures_cannot_be_written(finished, tmp_path, capfd, monkeypatch):
-    def refuse(path, *args, **kwargs):
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
-
-    monkeypatch.setattr(sample_main.Path, "mkdir", refuse)
-    out = tmp_path / "out"
-    line = refused(capfd, tmp_path, sample_main, f"--workdir={finished}", "--prompt=a", f"--out={out}", "--steps=1")
-    assert line == f"--out is '{out}': cannot be made (Read-only file system); name another"

@@ -17,7 +17,8 @@ from absl import flags
 from absl.testing import flagsaver
 
 from flux_func import config as configs
-from flux_func.train import loop
+from flux_func import tree
+from flux_func.train import checkpoint, loop
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = ROOT / "configs/flux_debug.py"
@@ -57,6 +58,17 @@ def records(workdir: pathlib.Path, field: str = "loss") -> list[dict[str, Any]]:
 def losses(found: list[dict[str, Any]]) -> list[tuple[int, float, float]]:
     """Returns (step, loss, gradient norm) of each record: what must be equal bit for bit."""
     return [(record["step"], record["loss"], record["grad_norm"]) for record in found]
+
+
+def stored(workdir: pathlib.Path, step: int) -> dict[str, torch.Tensor]:
+    """Returns the whole state in a checkpoint, by dotted path."""
+    return tree.flatten(checkpoint.restore(workdir, step, checkpoint.abstract(workdir, step)))
+
+
+def identical(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Returns whether two states by dotted path have the same leaves, types and bits."""
+    same = (torch.equal(one[path], other[path]) and one[path].dtype == other[path].dtype for path in one)
+    return one.keys() == other.keys() and all(same)
 
 
 def arguments(workdir: pathlib.Path, fields: dict[str, Any] | None = None) -> list[str]:

@@ -1,7 +1,5 @@
-"""Runs as a whole, in this process: what they leave behind, and that a resumed run is one that never stopped."""
+"""Runs as a whole, in this process: what they leave behind, and what they do with the data."""
 
-import contextlib
-import itertools
 import json
 import re
 
@@ -19,7 +17,7 @@ from flux_func.models import flops, flux
 from flux_func.train import checkpoint, encoders, generate, loop, metrics, state
 from flux_func.train import step as steps
 from tests.helpers import tiny_data, tiny_run
-from tests.helpers.tiny_run import CPU, losses, records, train
+from tests.helpers.tiny_run import CPU, identical, losses, records, stored, train
 
 PROMPTS = ("a three", "a four")
 FULL = {
@@ -48,19 +46,10 @@ def full(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def no_curves(full, monkeypatch):
+def no_curves(request, monkeypatch):
     """Half of a tiny run's time is curves.png: `full` has one, and tests/train/test_curves.py looks at many."""
-    monkeypatch.setattr(metrics, "draw_curves", lambda records, path: None)
-
-
-def stored(workdir, step):
-    """The whole state in a checkpoint, by dotted path."""
-    return tree.flatten(checkpoint.restore(workdir, step, checkpoint.abstract(workdir, step)))
-
-
-def identical(one, other):
-    assert one.keys() == other.keys()
-    return all(torch.equal(one[path], other[path]) and one[path].dtype == other[path].dtype for path in one)
+    if "full" not in request.fixturenames:
+        monkeypatch.setattr(metrics, "draw_curves", lambda records, path: None)
 
 
 # What is left behind
@@ -164,109 +153,6 @@ def test_validation_takes_no_part_in_training(tmp_path):
     assert identical(stored(tmp_path / "plain", 4), stored(tmp_path / "busy", 4))
 
 
-# Resuming
-
-
-RUNS = {
-    "adamw": {},
-    "average, logit-normal, guidance": {
-        "ema.decay": 0.9,
-        "train.timesteps": "logit_normal",
-        "train.shift": True,
-        "model.guidance_embed": True,
-        "optimizer.warmup_steps": 4,
-    },
-    "momentum, accumulation, stratified": {
-        "optimizer.name": "SGD",
-        "optimizer.options": "momentum=0.9, nesterov=True",
-        "optimizer.lr": 1e-2,
-        "train.batch_size": 4,
-        "train.accumulate": 2,
-        "train.timesteps": "stratified",
-    },
-    "bfloat16, average, cosine, recomputation": {
-        "numerics.param": "bfloat16",
-        "numerics.compute": "bfloat16",
-        "ema.decay": 0.99,
-        "optimizer.schedule": "cosine",
-        "optimizer.decay_steps": 9,
-        "remat.policy": "full",
-    },
-}
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_a_resumed_run_is_one_that_never_stopped(tmp_path, name):
-    fields = RUNS[name]
-    whole = losses(train(tmp_path / "whole", {**fields, "train.steps": 6}))
-    first = losses(train(tmp_path / "parts", {**fields, "train.steps": 2}))
-    second = losses(train(tmp_path / "parts", {**fields, "train.steps": 6, "checkpoint.every": 3}))
-    assert [step for step, *_ in whole] == [1, 2, 3, 4, 5, 6] and first == whole[:2] and second == whole
-    assert len({loss for _, loss, _ in whole}) == 6
-    assert identical(stored(tmp_path / "whole", 6), stored(tmp_path / "parts", 6))
-    assert checkpoint.steps(tmp_path / "parts") == [3, 6]
-
-
-def test_worker_processes_and_resuming_change_nothing(tmp_path):
-    fields = {"train.steps": 4, "data.prompt_dropout": 0.5}
-    whole = losses(train(tmp_path / "whole", fields))
-    train(tmp_path / "parts", {**fields, "train.steps": 1})
-    assert losses(train(tmp_path / "parts", {**fields, "data.workers": 1})) == whole
-    assert identical(stored(tmp_path / "whole", 4), stored(tmp_path / "parts", 4))
-
-
-def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(tmp_path, capsys):
-    whole = losses(train(tmp_path / "whole", {"log.every": 2}))
-    calls = itertools.count()
-    train(tmp_path / "parts", {"log.every": 2, "checkpoint.every": 3}, stop=lambda: "SIGTERM" * (next(calls) > 4))
-    [step] = checkpoint.steps(tmp_path / "parts")
-    said = capsys.readouterr().out
-    assert 0 < step < 4
-    assert f"stopped by SIGTERM after step {step} of 4; the checkpoint is saved: the same command goes on" in said
-    assert json.loads((tmp_path / "parts" / "summary.json").read_text())["steps"] <= step
-    rest = losses(train(tmp_path / "parts", {"log.every": 2}))
-    assert [record for record in rest if record[0] % 2 == 0] == whole
-    assert identical(stored(tmp_path / "whole", 4), stored(tmp_path / "parts", 4))
-
-
-def test_a_run_stopped_before_its_first_step_goes_on_too(tmp_path):
-    assert train(tmp_path / "parts", stop=lambda: "SIGINT") == []
-    assert checkpoint.steps(tmp_path / "parts") == [0]
-    assert losses(train(tmp_path / "parts")) == losses(train(tmp_path / "whole"))
-
-
-def test_a_run_that_breaks_goes_on_from_its_last_checkpoint(tmp_path, monkeypatch):
-    whole = losses(train(tmp_path / "whole", {"train.steps": 7}))
-    taken = steps.train_step
-
-    def breaking(current, batch, step, **given):
-        if step == 5:
-            raise RuntimeError("a power cut")
-        return taken(current, batch, step, **given)
-
-    fields = {"train.steps": 7, "checkpoint.every": 2}
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="a power cut"):
-        patch.setattr(steps, "train_step", breaking)
-        train(tmp_path / "parts", fields)
-    assert losses(records(tmp_path / "parts")) == whole[:5] and checkpoint.steps(tmp_path / "parts") == [2, 4]
-    assert losses(train(tmp_path / "parts", fields)) == whole
-    assert identical(stored(tmp_path / "whole", 7), stored(tmp_path / "parts", 7))
-
-
-def test_a_finished_run_is_left_as_it_is(tmp_path):
-    before = losses(train(tmp_path))
-    there = tiny_run.snapshot(tmp_path / "checkpoints")
-    assert losses(train(tmp_path)) == before and tiny_run.snapshot(tmp_path / "checkpoints") == there
-
-
-def test_fewer_steps_than_were_taken_are_refused_and_nothing_is_touched(tmp_path):
-    train(tmp_path)
-    before = tiny_run.snapshot(tmp_path)
-    with pytest.raises(UserError, match="train.steps is 3: should be at least 4, the step of the checkpoint"):
-        train(tmp_path, {"train.steps": 3})
-    assert tiny_run.snapshot(tmp_path) == before
-
-
 def test_weights_only_at_the_end_in_the_type_asked_for(tmp_path):
     fields = {"checkpoint.last_weights_only": True, "checkpoint.export_dtype": "bfloat16", "ema.decay": 0.5}
     train(tmp_path / "weights", {**fields, "checkpoint.every": 3})
@@ -334,29 +220,22 @@ def test_a_broken_image_is_replaced_counted_and_named(tmp_path, capsys):
     assert json.loads((tmp_path / "run/summary.json").read_text())["samples_skipped"] == more[-1]["samples_skipped"]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_source_in_which_all_is_broken_stops_with_an_error_that_says_so(tmp_path, workers):
+def test_a_source_in_which_all_is_broken_stops_with_an_error_that_says_so(tmp_path):
     fields = write_folder(tmp_path / "data", 6, broken=range(6))
     with pytest.raises(
         UserError, match=r"data.path is '.*data': every sample is unusable \(.* tried\), such as 00"
     ) as error:
-        train(tmp_path / "run", {**fields, "data.workers": workers})
+        train(tmp_path / "run", fields)
     assert "\n" not in str(error.value)
     assert checkpoint.steps(tmp_path / "run") == []
 
 
 def test_the_data_is_closed_whatever_happens(tmp_path, monkeypatch):
-    closed = []
-
-    def batches(run, start):
-        with contextlib.ExitStack() as stack:
-            stack.callback(closed.append, start)
-            yield from real(run, start)
-
-    real = loop.batches
-    monkeypatch.setattr(loop, "batches", batches)
+    made, batches = [], loop.batches
+    monkeypatch.setattr(loop, "batches", lambda run, start: made.append(batches(run, start)) or made[-1])
     train(tmp_path, {"train.steps": 1})
     monkeypatch.setattr(steps, "train_step", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(tmp_path, {"train.steps": 2})
-    assert closed == [0, 1]
+    # Held here, so that nothing but an explicit close has ended them.
+    assert [data.gi_frame for data in made] == [None, None]
