@@ -21,7 +21,7 @@ DRAWN = {"sample.every": 1, "sample.steps": 1, "validate.every": 1, "validate.sa
 PROMPT = "a photograph of a red bird"
 
 
-def run_through(workdir, fields, size):
+def check_run_through(workdir, fields, size):
     """Trains a step, which draws and validates, and samples from its checkpoint; checks every picture's size."""
     fields = {"train.steps": 1, "data.image_size": size, **DRAWN, **fields}
     assert tiny_run.program(train_main, *tiny_run.arguments(workdir, fields)) == 0
@@ -42,12 +42,12 @@ def run_through(workdir, fields, size):
 
 @pytest.mark.skipif(not tiny_data.PHOTOGRAPHS.exists(), reason=f"{tiny_data.PHOTOGRAPHS.name} is not there")
 def test_photographs_from_a_tar_at_256_pixels(tmp_path):
-    run_through(tmp_path / "run", {"data.source": "wds", "data.path": tiny_data.PHOTOGRAPHS}, 256)
+    check_run_through(tmp_path / "run", {"data.source": "wds", "data.path": tiny_data.PHOTOGRAPHS}, 256)
 
 
 def test_tars_made_here(tmp_path):
     tar = tiny_data.write_tar(tmp_path / "0000.tar", tiny_data.members(12))
-    run_through(tmp_path / "run", {"data.source": "wds", "data.path": tar}, 16)
+    check_run_through(tmp_path / "run", {"data.source": "wds", "data.path": tar}, 16)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -57,13 +57,13 @@ def test_rows_of_a_data_set_on_disk(tmp_path, streaming):
     table = datasets.Dataset.from_dict({"image": pictures, "caption": [f"caption {i}" for i in range(6)]})
     table.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "rows")
     fields = {"data.source": "hf", "data.path": tmp_path / "rows", "data.validation_fraction": 0.5}
-    run_through(tmp_path / "run", {**fields, "data.streaming": streaming}, 32)
+    check_run_through(tmp_path / "run", {**fields, "data.streaming": streaming}, 32)
 
 
 def test_flux_autoencoder_t5_and_clip_with_random_weights(tmp_path):
     folder = tiny_pipeline.build(tmp_path / "flux", 4096, 768, layers=1, weights=False)
     text = {"text.kind": "hf", "text.path": folder, "text.random_init": True, "text.max_length": 6}
-    run_through(tmp_path / "run", {**text, "autoencoder.kind": "kl", "autoencoder.random_init": True}, 32)
+    check_run_through(tmp_path / "run", {**text, "autoencoder.kind": "kl", "autoencoder.random_init": True}, 32)
 
 
 def test_guidance_average_and_precision_from_training_to_pictures(tmp_path):
