@@ -45,6 +45,7 @@ EXTRAS = {
         "ruff>=0.17.5,<0.18",  # another minor version may format otherwise
         "tokenizers>=0.23",
     ],
+    "parity": REFERENCES,
     "bench": [*REFERENCES, "psutil>=7.0"],
     "hub": DATASETS,
     "quant": ["torchao>=0.18"],
@@ -61,12 +62,15 @@ setuptools.setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["flux_func", "flux_func.*"]),
+    # Programs for the references' own environments: no package, since one of their names would hide another's.
+    package_data={"flux_func.parity": ["references/*.py"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={
         "console_scripts": [
             "train_main=flux_func.train_main:run",
             "sample_main=flux_func.sample_main:run",
+            "parity_main=flux_func.parity_main:run",
         ]
     },
 )

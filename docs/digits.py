@@ -27,7 +27,7 @@ from sklearn.svm import SVC
 from flux_func import cli
 from flux_func import config as configs
 from flux_func.data import images, sources
-from flux_func.train import checkpoint, encoders, generate, loop, metrics, state
+from flux_func.train import checkpoint, encoders, generate, loop, metrics
 from flux_func.train import step as steps
 
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "configs"))
@@ -59,7 +59,7 @@ def draw(workdir: str, device) -> np.ndarray:
     step = checkpoint.latest(workdir)
     config = configs.default()
     config.update(checkpoint.read_config(workdir, step))
-    cfg, s, size = state.model_config(config), config.sample, config.data.image_size
+    cfg, s, size = checkpoint.read_model(workdir, step), config.sample, config.data.image_size
     params = checkpoint.restore(workdir, step, {"ema": checkpoint.abstract(workdir, step)["ema"]}, device)["ema"]
     return generate.generate(
         params,

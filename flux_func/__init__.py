@@ -3,6 +3,7 @@
 from flux_func import tree
 from flux_func.flow.path import loss
 from flux_func.flow.sampler import sample
+from flux_func.interop.weights import load, save
 from flux_func.models import autoencoder, text
 from flux_func.models.flux import FLAVORS, FluxConfig, Stage, abstract, apply, chain, flavor, init
 from flux_func.models.layers import Ops
@@ -22,9 +23,11 @@ __all__ = [
     "flavor",
     "grad_and_value",
     "init",
+    "load",
     "loss",
     "optimizer",
     "sample",
+    "save",
     "text",
     "tree",
 ]

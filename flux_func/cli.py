@@ -24,9 +24,9 @@ def define_config(required: bool = True) -> flags.FlagHolder:
     return holder
 
 
-def define_workdir(help_line: str) -> None:
-    """Defines --workdir, which has to be given and not to be empty: that would be the folder one happens to be in."""
-    flags.DEFINE_string("workdir", None, help_line, required=True)
+def define_workdir(help_line: str, required: bool = True) -> None:
+    """Defines --workdir, which may not be empty: that would be the folder one happens to be in."""
+    flags.DEFINE_string("workdir", None, help_line, required=required)
     flags.register_validator("workdir", lambda value: value != "", message="should name a folder")
 
 

@@ -13,24 +13,31 @@ from ml_collections import config_dict
 
 from flux_func.errors import UserError
 
+# Fields that are None unless they are set, and their types.
+OPTIONAL = {"model.guidance_embed": bool, "model.qk_norm_eps": float}
+
 
 def default() -> ml_collections.ConfigDict:
     """Returns the configuration that every config file starts from."""
     config = ml_collections.ConfigDict()
     config.model = dict(
-        flavor="flux-debug",  # one of flux_func.FLAVORS
-        init="pretrain",  # "nonzero": gates, modulations and the final layer random too
-        guidance_embed=config_dict.placeholder(bool),  # None: as the flavor says
+        flavor="flux-debug",  # one of flux_func.FLAVORS; "": the shape of model.weights, whatever it is
+        weights="",  # what to start from: a file or folder of any format, a pipeline, a workdir; "": from scratch
+        init="pretrain",  # from scratch; "nonzero": gates, modulations and the final layer random too
+        guidance_embed=config_dict.placeholder(OPTIONAL["model.guidance_embed"]),  # None: as the weights or flavor say
+        qk_norm_eps=config_dict.placeholder(OPTIONAL["model.qk_norm_eps"]),  # None: as they say; torchtitan's is 1e-5
     )
     config.autoencoder = dict(
         kind="dct",  # "dct": fixed block transform, no weights; "kl": FLUX's own
-        path="",  # kl: its ae.safetensors
+        path="",  # kl: its ae.safetensors, a vae folder of diffusers, or a pipeline that has one
         random_init=False,  # kl: random weights where there is no path, to try a set-up out
         sample=True,  # kl: train on a draw from the posterior (False: on its mean)
     )
     config.text = dict(
         kind="hash",  # "hash": words hashed to embeddings, no weights; "hf": T5 and CLIP of transformers
         path="",  # hf: a folder with text_encoder, text_encoder_2, tokenizer and tokenizer_2, as diffusers lays it out
+        t5="",  # hf: T5 and its tokenizer from a folder, or a name in the hub's cache, of their own
+        clip="",  # hf: CLIP and its tokenizer likewise
         random_init=False,  # hf: random weights from the folder's config.json files
         max_length=256,  # tokens of the T5 sequence: 512 for dev, 256 for schnell
     )
@@ -54,7 +61,7 @@ def default() -> ml_collections.ConfigDict:
         seed=0,  # of everything random: weights, order, crops, dropout, noise, timesteps
         timesteps="uniform",  # "uniform", "logit_normal" or "stratified" (uniform, one stratum per sample of the batch)
         shift=False,  # shift the training timesteps by resolution, as the sampler does
-        guidance=3.5,  # what a model with a guidance embedding is told in training
+        guidance=3.5,  # what a model with a guidance embedding is told; tune distilled dev at 1 (flux_dev_finetune.py)
     )
     config.optimizer = dict(
         name="adamw",  # "adamw", or the name of any class of torch.optim
@@ -152,12 +159,14 @@ NOT_NEGATIVE = (
     "metrics.peak_tflops",
 )
 FRACTIONS = ("data.prompt_dropout", "data.validation_fraction", "ema.decay", "optimizer.final_lr_fraction")
-PATH_NEEDED = {"data.source": ("wds", "folder", "hf"), "text.kind": ("hf",)}
+PATH_NEEDED = {"data.source": ("wds", "folder", "hf")}
 # Fields that only some values of another one read: with any other they would be ignored without a word.
 READ_WITH = {
     "autoencoder.path": ("autoencoder.kind", ("kl",)),
     "autoencoder.random_init": ("autoencoder.kind", ("kl",)),
     "text.path": ("text.kind", ("hf",)),
+    "text.t5": ("text.kind", ("hf",)),
+    "text.clip": ("text.kind", ("hf",)),
     "text.random_init": ("text.kind", ("hf",)),
     "data.path": ("data.source", ("wds", "folder", "hf")),
     "data.streaming": ("data.source", ("hf",)),
@@ -184,10 +193,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
     Raises:
       UserError: the first field found wrong, its value and what it should be.
     """
-    from flux_func.models.flux import FLAVORS
-
     fields = _fields(config)
-    _check(fields, "model.flavor", fields["model.flavor"] in FLAVORS, one_of(fields["model.flavor"], FLAVORS))
+    _check_model(fields)
     for field, choices in CHOICES.items():
         _check(fields, field, fields[field] in choices, one_of(fields[field], choices))
     for field in AT_LEAST_ONE:
@@ -215,6 +222,26 @@ def validate(config: ml_collections.ConfigDict) -> None:
     weightless = fields["autoencoder.kind"] == "kl" and not fields["autoencoder.random_init"]
     remedy = "should name an ae.safetensors (or set autoencoder.random_init to try a set-up out)"
     _check(fields, "autoencoder.path", fields["autoencoder.path"] or not weightless, remedy)
+    _check_text(fields)
+
+
+def _check_model(fields: Mapping[str, Any]) -> None:
+    from flux_func.models.flux import FLAVORS
+
+    flavor, weights, eps = fields["model.flavor"], fields["model.weights"], fields["model.qk_norm_eps"]
+    needed = "should name what to start from, as model.flavor is '', which is the shape of that"
+    _check(fields, "model.weights", flavor or weights, needed)
+    _check(fields, "model.flavor", flavor in ("", *FLAVORS), one_of(flavor, FLAVORS))
+    scheme = fields["model.init"] == default().model.init
+    _check(fields, "model.init", scheme or not weights, f"is read only where model.weights is '', it is {weights!r}")
+    _check(fields, "model.qk_norm_eps", eps is None or eps > 0, "should be above 0, such as 1e-6")
+
+
+def _check_text(fields: Mapping[str, Any]) -> None:
+    path, own = fields["text.path"], fields["text.t5"] and fields["text.clip"]
+    needed = "should be set, as text.kind is 'hf' (or both of text.t5 and text.clip)"
+    _check(fields, "text.path", fields["text.kind"] != "hf" or path or own, needed)
+    _check(fields, "text.path", not (path and own), "is not read where both of text.t5 and text.clip are set")
 
 
 def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -226,14 +253,14 @@ def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
     for field, usual in known.items():
         if field not in fields:
             raise UserError(f"{field} is not set: a config should start from flux_func.config.default()")
-        _check(fields, field, _is_like(fields[field], usual), f"should be of the type of {usual!r}, its default")
+        value, kind = fields[field], OPTIONAL.get(field)
+        remedy = f"should be None or a {kind.__name__}" if kind else f"should be of the type of {usual!r}, its default"
+        _check(fields, field, _is_of(kind or type(usual), value) or (kind and value is None), remedy)
     return fields
 
 
-def _is_like(value: Any, usual: Any) -> bool:
-    if usual is None:
-        return value is None or isinstance(value, bool)
-    return type(value) in (int, float) if isinstance(usual, float) else type(value) is type(usual)
+def _is_of(kind: type, value: Any) -> bool:
+    return type(value) in (int, float) if kind is float else type(value) is kind
 
 
 def check_known(fields: Iterable[str]) -> None:

@@ -1,9 +1,14 @@
-"""Samples images from a run's checkpoint.
+"""Samples images from a run's checkpoint, or from a whole pipeline of diffusers'.
 
     sample_main --workdir=DIR --prompt="a handwritten three" --prompt="a handwritten five"
     sample_main --workdir=DIR --prompts_file=prompts.txt --ema --steps=50 --cfg_scale=5
+    sample_main --weights=FLUX.1-schnell --prompt="a red bird" --height=768 --width=1360
 
-Writes one PNG a prompt, its settings in the metadata, and a grid of them all.
+--weights is a folder with model_index.json, as diffusers saves FLUX.1 (dev, schnell, Krea and their like). What is left
+out is then as the model is meant to be sampled: 50 steps, guidance 3.5 and 512 text tokens where it has a guidance
+embedding (dev), 4 steps and 256 tokens where it has none (schnell); 1024x1024 pixels; the schedule of its scheduler.
+
+Writes one PNG a prompt, its settings in the metadata, and a grid of them all, into --out.
 """
 
 import json
@@ -15,7 +20,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_collections
 import torch
 from absl import flags
 from PIL import PngImagePlugin
@@ -26,14 +30,17 @@ from flux_func import cli
 from flux_func import config as configs
 from flux_func.data import images as pictures
 from flux_func.errors import UserError
-from flux_func.models import flux
 from flux_func.models.layers import Params
-from flux_func.train import checkpoint, encoders, generate
-from flux_func.train.state import DTYPES, model_config
+from flux_func.train import encoders, generate, origin
+from flux_func.train.origin import Origin
+from flux_func.train.state import DTYPES
 
 # More than this and a grid is no longer looked at: the first ones stand for all.
 GRID_IMAGES = 100
-# Flags that stand for a field of the run's config where they are left out.
+# Up to this many prompts are encoded before the model is read, so that T5 and the model are never there at once; the
+# encodings of more would be as large as T5.
+ENCODED_AHEAD = 256
+# Flags that stand for a field of the config where they are left out.
 FROM_CONFIG = {
     "height": "data.image_size",
     "width": "data.image_size",
@@ -41,7 +48,13 @@ FROM_CONFIG = {
     "guidance": "sample.guidance",
     "cfg_scale": "sample.cfg_scale",
     "seed": "sample.seed",
+    "max_length": "text.max_length",
+    "dtype": "numerics.compute",
 }
+# Those of them that are the encoders' and the weights' affair, and not the sampler's.
+OF_ENCODERS = ("max_length", "dtype")
+# Flags that say which of a run's weights.
+OF_RUNS = ("step", "ema")
 
 
 def run() -> None:
@@ -51,19 +64,30 @@ def run() -> None:
 
 
 def _define_flags() -> None:
-    cli.define_workdir("Folder of the run to sample from.")
-    flags.DEFINE_integer("step", None, "Step of the checkpoint; left out: the newest.")
-    flags.DEFINE_bool("ema", False, "Sample from the averaged weights.")
+    cli.define_workdir("Folder of the run to sample from.", required=False)
+    flags.DEFINE_string("weights", None, "Folder of the pipeline to sample from, in place of --workdir.")
+    flags.DEFINE_integer("step", None, "Step of the run's checkpoint; left out: the newest.")
+    flags.DEFINE_bool("ema", False, "Sample from the run's averaged weights.")
     flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
     flags.DEFINE_string("prompts_file", None, "A text file with a prompt a line, in place of --prompt.")
-    flags.DEFINE_integer("seed", None, "Of the noise; left out: sample.seed of the run.")
-    flags.DEFINE_integer("height", None, "Pixels, a multiple of 16; left out: data.image_size of the run.")
-    flags.DEFINE_integer("width", None, "Pixels, a multiple of 16; left out: data.image_size of the run.")
-    flags.DEFINE_integer("steps", None, "Euler steps; left out: sample.steps of the run.")
-    flags.DEFINE_float("guidance", None, "Distilled guidance, where the model has it; left out: the run's.")
-    flags.DEFINE_float("cfg_scale", None, "Classifier-free guidance, 1: none; left out: sample.cfg_scale of the run.")
+    flags.DEFINE_string("negative_prompt", None, "What not to draw, where --cfg_scale is not 1; left out: no words.")
+    flags.DEFINE_integer("seed", None, "Of the noise; left out: sample.seed of the run, or 0.")
+    flags.DEFINE_integer("height", None, "Pixels, a multiple of 16; left out: data.image_size of the run, or 1024.")
+    flags.DEFINE_integer("width", None, "Pixels, a multiple of 16; left out: data.image_size of the run, or 1024.")
+    flags.DEFINE_integer("steps", None, "Euler steps; left out: sample.steps of the run, or the pipeline's.")
+    flags.DEFINE_float("guidance", None, "Distilled guidance, where the model has it; left out: the run's, or 3.5.")
+    flags.DEFINE_float("cfg_scale", None, "Classifier-free guidance, 1: none; left out: the run's, or 1.")
+    flags.DEFINE_integer("max_length", None, "Tokens of the T5 sequence; left out: the run's, or the pipeline's.")
+    flags.DEFINE_enum(
+        "dtype",
+        None,
+        ["float32", "bfloat16"],
+        "What to compute in; left out: the run's numerics.compute, or float32 if the pipeline's weights are in it.",
+    )
     flags.DEFINE_integer("batch_size", 8, "Images sampled at once.")
-    flags.DEFINE_string("out", None, "Folder to write to; left out: WORKDIR/samples/sample_main_NNN.")
+    flags.DEFINE_string(
+        "out", None, "Folder to write to; left out: samples/sample_main_NNN in the run's folder, or in this one."
+    )
     flags.DEFINE_bool("overwrite", False, "Write into --out though it is not empty.")
     cli.define_device()
 
@@ -77,16 +101,27 @@ def main(argv: list[str]) -> None:
 def sample(given: Any) -> None:
     """Samples as `given`, whose attributes are the flags, says; UserError before anything is written."""
     prompts = read_prompts(given.prompt, given.prompts_file)
-    config = read_config(given.workdir)
-    step = choose_step(given.workdir, given.step)
-    settings = choose_settings(config, {name: getattr(given, name) for name in (*FROM_CONFIG, "batch_size")})
-    out = choose_out(given.workdir, given.out, given.overwrite)
+    source = choose_origin(given)
+    names = (*FROM_CONFIG, "batch_size", "negative_prompt")
+    settings = choose_settings(source, {name: getattr(given, name) for name in names})
+    out = choose_out(given.workdir or ".", given.out, given.overwrite)
     device = cli.choose_device(given.device)
-    params = load(given.workdir, step, given.ema, config, device)
-    codecs = encoders.build(config, model_config(config), device)
-    about = {"step": step, "ema": given.ema, "flavor": config.model.flavor, "shift": config.sample.shift}
-    write(out, draw(params, config, codecs, prompts, settings), prompts, {**settings, **about})
+    params, codecs = load(source, prompts, settings, device)
+    about = {**settings, **source.about, "shift": source.config.sample.shift}
+    write(out, draw(params, source, codecs, prompts, settings), prompts, about)
     print(f"{len(prompts)} images and grid.png are in {out}")
+
+
+def choose_origin(given: Any) -> Origin:
+    """Returns what --workdir or --weights names; UserError for both or none, or flags of the one with the other."""
+    if bool(given.workdir) == bool(given.weights):
+        raise UserError(f"--workdir is {given.workdir!r} and --weights is {given.weights!r}: give one of them")
+    if given.workdir:
+        return origin.of_run(given.workdir, given.step, given.ema)
+    for flag in OF_RUNS:
+        if getattr(given, flag):
+            raise UserError(f"--{flag} is {getattr(given, flag)}: is read only with --workdir; leave it out")
+    return origin.of_pipeline(given.weights)
 
 
 def read_prompts(prompts: Sequence[str], path: str | None) -> list[str]:
@@ -105,66 +140,46 @@ def read_prompts(prompts: Sequence[str], path: str | None) -> list[str]:
     return prompts
 
 
-def read_config(workdir: str) -> ml_collections.ConfigDict:
-    """Returns the configuration that a run left in its workdir; UserError where there is none, or it is not ours."""
-    path = Path(workdir) / "config.json"
-    config = configs.default()
-    try:
-        saved = json.loads(path.read_text())
-        configs.check_known([*saved, *dict(configs.flat(saved))])
-        config.update(saved)
-    except OSError as error:
-        remedy = "should be the --workdir of a train_main run"
-        raise UserError(f"--workdir is {workdir!r}: {path} cannot be read ({error.strerror}); {remedy}") from error
-    except (UserError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"--workdir is {workdir!r}: {path} is not a config of this version ({error})") from error
-    configs.validate(config)
-    return config
-
-
-def choose_step(workdir: str, step: int | None) -> int:
-    """Returns the step asked for, or the newest; UserError names the steps there are."""
-    steps = checkpoint.steps(workdir)
-    if not steps:
-        raise UserError(f"--workdir is {workdir!r}: there is no checkpoint in it yet; train_main writes them")
-    if step is not None and step not in steps:
-        raise UserError(f"--step is {step}: should be one of {', '.join(map(str, steps))}, which {workdir} holds")
-    return steps[-1] if step is None else step
-
-
-def choose_settings(config: ml_collections.ConfigDict, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what `generate.batches` is told: the flags given, and the run's config for the others.
+def choose_settings(source: Origin, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the flags given, and for the others what the config of the run or pipeline says.
 
     Raises:
-      UserError: a value out of range, or guidance for a model that has no embedding of it.
+      UserError: a value out of range, or one that would not be looked at.
     """
-    fields = dict(configs.flat(config))
+    fields = dict(configs.flat(source.config))
     settings = {**given, **{flag: fields[field] for flag, field in FROM_CONFIG.items() if given[flag] is None}}
     for flag in ("height", "width"):
         pixels = settings[flag]
         if pixels < 16 or pixels % 16:
             nearest = max(16, round(pixels / 16) * 16)
             raise UserError(f"--{flag} is {pixels}: should be a multiple of 16, such as {nearest}")
-    for flag in ("steps", "batch_size"):
+    for flag in ("steps", "batch_size", "max_length"):
         if settings[flag] < 1:
             raise UserError(f"--{flag} is {settings[flag]}: should be at least 1")
     for flag in ("guidance", "cfg_scale"):
         if not math.isfinite(settings[flag]):
             raise UserError(f"--{flag} is {settings[flag]}: should be finite")
-    if not model_config(config).guidance_embed:
+    if given["negative_prompt"] is not None and settings["cfg_scale"] == 1:
+        raise UserError(f"--negative_prompt is {given['negative_prompt']!r}: is read only where --cfg_scale is not 1")
+    settings["negative_prompt"] = given["negative_prompt"] or ""
+    if not source.cfg.guidance_embed:
         if given["guidance"] is not None:
             raise UserError(
-                f"--guidance is {given['guidance']}: {config.model.flavor} of this run has no guidance embedding; "
+                f"--guidance is {given['guidance']}: {source.name} has no guidance embedding; "
                 f"leave it out, or use --cfg_scale"
             )
         settings["guidance"] = None
     return settings
 
 
-def choose_out(workdir: str, out: str | None, overwrite: bool) -> Path:
-    """Returns the folder to write to, which is not made yet; UserError if it is not empty and not to be overwritten."""
+def choose_out(folder: str, out: str | None, overwrite: bool) -> Path:
+    """Returns the folder to write to, which is not made yet: `out`, or one below `folder`.
+
+    Raises:
+      UserError: `out` is not empty and not to be overwritten.
+    """
     if out is None:
-        numbers = (Path(workdir) / "samples" / f"sample_main_{number:03d}" for number in range(10**6))
+        numbers = (Path(folder) / "samples" / f"sample_main_{number:03d}" for number in range(10**6))
         return next(path for path in numbers if not path.exists())
     path = Path(out)
     if path.exists() and not path.is_dir():
@@ -174,32 +189,38 @@ def choose_out(workdir: str, out: str | None, overwrite: bool) -> Path:
     return path
 
 
-def load(workdir: str, step: int, ema: bool, config: ml_collections.ConfigDict, device: torch.device) -> Params:
-    """Returns a checkpoint's weights, or their average, in the type that the run computes in."""
-    member = "ema" if ema else "params"
-    if member not in checkpoint.abstract(workdir, step):
-        raise UserError(f"--ema is True: the checkpoint of step {step} holds no average (ema.decay); leave --ema out")
-    like = flux.abstract(model_config(config), DTYPES[config.numerics.compute])
-    return checkpoint.restore(workdir, step, {member: like}, device, cast=True)[member]
+def load(
+    source: Origin, prompts: Sequence[str], settings: Mapping[str, Any], device: torch.device
+) -> tuple[Params, encoders.Encoders]:
+    """Returns the parameters and the encoders, which are done with the prompts already unless there are very many."""
+    config = source.config.copy_and_resolve_references()
+    config.text.max_length, config.numerics.compute = settings["max_length"], settings["dtype"]
+    codecs = source.encoders(config, device)
+    if len(prompts) <= ENCODED_AHEAD:
+        captions = {*prompts, *([settings["negative_prompt"]] if settings["cfg_scale"] != 1 else [])}
+        with tqdm(total=len(captions), desc="encoding", unit="prompt") as bar:
+            codecs = encoders.ahead(codecs, sorted(captions), settings["batch_size"], bar.update)
+    return source.load(DTYPES[settings["dtype"]], device), codecs
 
 
 def draw(
     params: Params,
-    config: ml_collections.ConfigDict,
+    source: Origin,
     codecs: encoders.Encoders,
     prompts: Sequence[str],
     settings: Mapping[str, Any],
 ) -> Iterator[Tensor]:
     """Yields the prompts' images, [b, 3, H, W] at a time, under a progress bar that counts Euler steps."""
     total = generate.batch_count(len(prompts), settings["batch_size"]) * settings["steps"]
+    drawn_with = {name: value for name, value in settings.items() if name not in OF_ENCODERS}
     with tqdm(total=total, desc="sampling", unit="step") as bar:
         yield from generate.batches(
             params,
-            model_config(config),
+            source.cfg,
             codecs,
             prompts,
-            **settings,
-            shift=config.sample.shift,
+            **drawn_with,
+            shift=source.config.sample.shift,
             progress=bar.update,
         )
 

@@ -4,6 +4,7 @@ A tree is nested dicts and lists of tensors. A leaf's path is its keys joined by
 parameters is Black Forest Labs' own state-dict key: `double_blocks.0.img_attn.qkv.weight`.
 """
 
+import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -75,8 +76,6 @@ def select(tree: Tree, patterns: Iterable[str]) -> dict[str, Any]:
     Raises:
       ValueError: a pattern fits no leaf; the message lists the nearest paths.
     """
-    import difflib
-
     flat = flatten(tree)
     patterns = tuple(patterns)
     for pattern in patterns:
@@ -84,3 +83,31 @@ def select(tree: Tree, patterns: Iterable[str]) -> dict[str, Any]:
             near = difflib.get_close_matches(pattern, flat, n=3, cutoff=0.0)
             raise ValueError(f"pattern {pattern!r} fits no path of the tree; the nearest are {', '.join(near)}")
     return {path: leaf for path, leaf in flat.items() if match(patterns, path)}
+
+
+def differences(found: Mapping[str, tuple], expected: Mapping[str, tuple], most: int = 20) -> str:
+    """Returns on one line what keeps `found` {name: shape} from being `expected`; "" where nothing does.
+
+    Lists the first `most` names that are missing, surplus or of another shape and counts the others. Beside a missing
+    or surplus name stands the nearest of the other side, one without a counterpart where there is any.
+    """
+    missing = [name for name in expected if name not in found]
+    surplus = [name for name in found if name not in expected]
+    faults = [
+        *((f"missing {name}", name, surplus or found) for name in missing),
+        *((f"not expected {name}", name, missing or expected) for name in surplus),
+        *(
+            (f"{name} is {list(found[name])} and should be {list(shape)}", "", ())
+            for name, shape in expected.items()
+            if name in found and tuple(found[name]) != tuple(shape)
+        ),
+    ]
+    listed = [fault + _nearest(name, others) for fault, name, others in faults[:most]]
+    rest = [f"and {len(faults) - most} more"] if len(faults) > most else []
+    count = "1 tensor" if len(faults) == 1 else f"{len(faults)} tensors"
+    return f"{count}: {'; '.join(listed + rest)}" if faults else ""
+
+
+def _nearest(name: str, others: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, others, n=1, cutoff=0.6)
+    return f" (nearest: {near[0]})" if near else ""

@@ -23,9 +23,14 @@ PUBLIC = "//visibility:public"
 HERE_ONLY = "//:__subpackages__"
 # The distribution of an imported name, where they differ.
 DISTRIBUTIONS = {"PIL": "pillow", "absl": "absl_py", "orbax": "orbax_checkpoint", "sklearn": "scikit_learn"}
+# What is installed in an environment of its own (third_party/README.md).
+ELSEWHERE = ("torchtitan",)
+# Folders that are no packages: their modules are imported by their bare names.
+BARE = ("configs", "flux_func.parity.references")
 # Files that a source names by path.
 CONFIGS = ("flux_func/train_main.py", "tests/helpers/tiny_run.py", "tests/test_cli.py", "tests/test_config.py")
 DATA = dict.fromkeys(CONFIGS, ["//configs"])
+DATA["flux_func/parity/process.py"] = ["//flux_func/parity/references", "//flux_func/parity/references:answer"]
 # Tests that read the checkout itself, which Bazel's sandbox does not hold: for pytest alone.
 READ_THE_CHECKOUT = ("tests/test_build.py", "tests/test_docs.py", "tests/test_setup.py")
 # What each layer may import of ours; "main" is every program, "api" is flux_func/__init__.py.
@@ -46,7 +51,8 @@ LAYERS = {
     "train": TRAIN,
     "cli": {"config", "errors"},
     "api": TRAIN - {"config", "data"},
-    "main": TRAIN | {"cli"},
+    "parity": SETTINGS | PARALLEL | {"interop", "parity"},
+    "main": TRAIN | {"api", "cli", "parity"},
 }
 
 
@@ -74,12 +80,12 @@ def sources(root: Path) -> list[str]:
 
 
 def modules(files: Iterable[str]) -> dict[str, str]:
-    """Returns the file of each module by its dotted name; a config's is its own, as its folder is no package."""
+    """Returns the file of each module by its dotted name, which for the folders of `BARE` is its own."""
     names = {}
     for file in files:
         path = Path(file)
-        dotted = ".".join((path.parent if path.name == "__init__.py" else path.with_suffix("")).parts)
-        names[dotted.removeprefix("configs.")] = file
+        parts = path.parent.parts if path.name == "__init__.py" else path.with_suffix("").parts
+        names[path.stem if ".".join(path.parent.parts) in BARE else ".".join(parts)] = file
     return names
 
 
@@ -106,7 +112,7 @@ def uses(root: Path, file: str, known: dict[str, str]) -> tuple[set[str], set[st
         match = next((known[prefix] for prefix in prefixes if prefix in known), None)
         if match:
             ours.add(match)
-        elif parts[0] not in sys.stdlib_module_names:
+        elif parts[0] not in (*sys.stdlib_module_names, *ELSEWHERE):
             foreign.add(parts[0])
     if is_test(file):
         # pytest itself imports the conftest.py of the folder and of those above it.

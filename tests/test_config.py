@@ -25,6 +25,8 @@ def test_config_files_hold_what_they_say(path):
     if config.autoencoder.kind == "kl":
         config.autoencoder.path = "ae.safetensors"
         config.text.path = config.data.path = "somewhere"
+    if not config.model.flavor:
+        config.model.weights = "flux1-dev.safetensors"
     configs.validate(config)
     known = dict(configs.flat(configs.default()))
     assert dict(configs.flat(config)).keys() == known.keys()
@@ -42,6 +44,8 @@ def test_flux_dev_and_schnell_have_torchtitans_hyperparameters():
     "field, value, remedy",
     [
         ("model.flavor", "flux-debgu", "did you mean 'flux-debug'"),
+        ("model.qk_norm_eps", 0.0, "above 0, such as 1e-6"),
+        ("model.qk_norm_eps", -1e-6, "above 0, such as 1e-6"),
         ("data.source", "digit", "did you mean 'digits'"),
         ("data.image_size", 250, "multiple of 16, such as 256"),
         ("data.image_size", 0, "multiple of 16, such as 16"),
@@ -72,6 +76,9 @@ def test_a_wrong_value_is_named_with_its_remedy(field, value, remedy):
     [
         ({"data.source": "wds"}, "data.path"),
         ({"text.kind": "hf"}, "text.path"),
+        ({"text.kind": "hf", "text.t5": "t5"}, "text.path"),
+        ({"text.kind": "hf", "text.clip": "clip"}, "text.path"),
+        ({"model.flavor": ""}, "model.weights"),
         ({"autoencoder.kind": "kl"}, "autoencoder.path"),
     ],
 )
@@ -79,6 +86,65 @@ def test_a_path_that_is_needed_is_asked_for(fields, named):
     config = configs.default()
     config.update_from_flattened_dict(fields)
     with pytest.raises(UserError, match=f"{named} is ''"):
+        configs.validate(config)
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        (
+            {"model.weights": "w", "model.init": "nonzero"},
+            "model.init is 'nonzero': is read only where model.weights is",
+        ),
+        ({"text.t5": "t5"}, "text.t5 is 't5': is read only where text.kind is 'hf'"),
+        ({"text.clip": "clip"}, "text.clip is 'clip': is read only where text.kind is 'hf'"),
+        (
+            {"text.kind": "hf", "text.path": "p", "text.t5": "t5", "text.clip": "clip"},
+            "text.path is 'p': is not read where both of text.t5 and text.clip are set",
+        ),
+    ],
+)
+def test_a_field_that_would_be_ignored_is_named(fields, said):
+    config = configs.default()
+    config.update_from_flattened_dict(fields)
+    with pytest.raises(UserError) as error:
+        configs.validate(config)
+    assert str(error.value).startswith(said)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"text.kind": "hf", "text.t5": "t5", "text.clip": "clip"},
+        {"text.kind": "hf", "text.path": "p", "text.t5": "t5"},
+        {"model.weights": "w", "model.flavor": "", "model.guidance_embed": True, "model.qk_norm_eps": 1e-5},
+        {"model.weights": "w", "model.flavor": "flux-dev"},
+        {"model.qk_norm_eps": 1},
+    ],
+)
+def test_what_may_be_left_out_or_set_together(fields):
+    config = configs.default()
+    config.update_from_flattened_dict(fields)
+    configs.validate(config)
+
+
+@pytest.mark.parametrize(
+    "field, value, kind", [("model.guidance_embed", "yes", "bool"), ("model.qk_norm_eps", True, "float")]
+)
+def test_a_field_that_may_be_none_has_a_type_otherwise(field, value, kind):
+    config = configs.default().unlock()
+    group, name = field.split(".")
+    config[group] = {**config[group].to_dict(), name: value}
+    with pytest.raises(UserError, match=f"{field} is {value!r}: should be None or a {kind}"):
+        configs.validate(config)
+
+
+def test_dev_is_tuned_at_guidance_1_from_weights_and_drawn_from_at_its_own():
+    config = load(CONFIGS[0].with_name("flux_dev_finetune.py"))
+    assert (config.train.guidance, config.sample.guidance) == (1.0, 3.5)
+    assert config.numerics.param == "float32" and config.model.guidance_embed is None
+    assert (config.train.shift, config.text.max_length) == (True, 512)
+    with pytest.raises(UserError, match="model.weights is '': should name what to start from"):
         configs.validate(config)
 
 
@@ -114,6 +180,9 @@ def test_what_may_differ_on_resume(field, value):
     "field, value",
     [
         ("model.flavor", "flux-tiny"),
+        ("model.weights", "other.safetensors"),
+        ("model.qk_norm_eps", 1e-5),
+        ("text.t5", "t5"),
         ("train.seed", 1),
         ("train.batch_size", 4),
         ("optimizer.lr", 1.0),

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import re
@@ -13,23 +14,28 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from flux_func import config as configs
-from flux_func import sample_main, tree
+from flux_func import sample_main
 from flux_func.errors import UserError
 from flux_func.models import flux
-from flux_func.train import checkpoint, encoders, generate
+from flux_func.train import checkpoint, encoders, generate, origin
 
 CFG = flux.flavor("flux-tiny")
 NO_FLAGS = {
+    "workdir": None,
+    "weights": None,
     "step": None,
     "ema": False,
     "prompt": [],
     "prompts_file": None,
+    "negative_prompt": None,
     "seed": None,
     "height": None,
     "width": None,
     "steps": None,
     "guidance": None,
     "cfg_scale": None,
+    "max_length": None,
+    "dtype": None,
     "batch_size": 8,
     "out": None,
     "overwrite": False,
@@ -57,8 +63,8 @@ def source(tmp_path_factory):
     config = json.loads(json.dumps(run_config().to_dict()))
     (workdir / "config.json").write_text(json.dumps(config))
     with checkpoint.Checkpoints(workdir, keep_last=0) as checkpoints:
-        checkpoints.save(4, {"params": weights(4), "opt": {"step": torch.zeros(())}}, config, wait=True)
-        checkpoints.save(10, {"params": weights(10), "ema": weights(11)}, config, wait=True)
+        checkpoints.save(4, {"params": weights(4), "opt": {"step": torch.zeros(())}}, CFG, config, wait=True)
+        checkpoints.save(10, {"params": weights(10), "ema": weights(11)}, CFG, config, wait=True)
     return workdir
 
 
@@ -73,7 +79,7 @@ def workdir(source, tmp_path):
 
 
 def sample(workdir, **flags):
-    sample_main.sample(types.SimpleNamespace(**{**NO_FLAGS, "workdir": str(workdir), **flags}))
+    sample_main.sample(types.SimpleNamespace(**{**NO_FLAGS, "workdir": workdir and str(workdir), **flags}))
 
 
 def everything(folder):
@@ -112,6 +118,9 @@ def test_images_grid_and_settings_are_written(workdir, capsys):
             "steps": 2,
             "guidance": None,
             "cfg_scale": 1.0,
+            "negative_prompt": "",
+            "max_length": 4,
+            "dtype": "float32",
             "batch_size": 2,
             "shift": True,
             "step": 10,
@@ -130,6 +139,7 @@ def test_images_grid_and_settings_are_written(workdir, capsys):
         ({"ema": True}, 11, {}),
         ({"seed": 3, "height": 16, "width": 48, "steps": 1}, 10, {"seed": 3, "height": 16, "width": 48, "steps": 1}),
         ({"cfg_scale": 3.0}, 10, {"cfg_scale": 3.0}),
+        ({"cfg_scale": 3.0, "negative_prompt": "five"}, 10, {"cfg_scale": 3.0, "negative_prompt": "five"}),
     ],
 )
 def test_flags_choose_weights_and_settings(workdir, flags, params, changes):
@@ -174,13 +184,17 @@ def test_what_is_there_is_overwritten_only_when_asked(workdir, tmp_path):
         ({"width": 0}, "--width is 0: should be a multiple of 16, such as 16"),
         ({"steps": 0}, "--steps is 0: should be at least 1"),
         ({"batch_size": -1}, "--batch_size is -1: should be at least 1"),
-        ({"guidance": 3.5}, "--guidance is 3.5: flux-tiny of this run has no guidance embedding"),
+        ({"guidance": 3.5}, "--guidance is 3.5: the model of this run has no guidance embedding"),
+        ({"max_length": 0}, "--max_length is 0: should be at least 1"),
+        ({"negative_prompt": "five"}, "--negative_prompt is 'five': is read only where --cfg_scale is not 1"),
+        ({"weights": "pipe"}, "' and --weights is 'pipe': give one of them"),
+        ({"workdir": None}, "--workdir is None and --weights is None: give one of them"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(workdir, flags, message):
     before = everything(workdir)
     with pytest.raises(UserError) as raised:
-        sample(**{"workdir": workdir, "prompt": ["a three"], **flags})
+        sample(**{"workdir": str(workdir), "prompt": ["a three"], **flags})
     assert message in str(raised.value) and "\n" not in str(raised.value)
     assert everything(workdir) == before
 
@@ -214,28 +228,34 @@ def test_a_run_without_a_checkpoint_or_of_another_version(workdir, tmp_path):
         with pytest.raises(UserError, match="config.json is not a config of this version") as raised:
             sample(young, prompt=["x"])
         assert "\n" not in str(raised.value)
-    # A folder whose config names another model than its checkpoint holds.
-    config = json.loads((workdir / "config.json").read_text())
-    config["model"]["flavor"] = "flux-digits"
-    (workdir / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="its checkpoint of step 10 has"):
-        sample(workdir, prompt=["x"])
 
 
-def test_guidance_is_read_where_the_model_has_it():
-    config = run_config()
-    config.model.guidance_embed = True
-    given = {**dict.fromkeys(sample_main.FROM_CONFIG), "batch_size": 2}
-    assert sample_main.choose_settings(config, given)["guidance"] == config.sample.guidance == 3.5
-    assert sample_main.choose_settings(config, {**given, "guidance": 0.0})["guidance"] == 0.0
-    assert sample_main.choose_settings(config, {**given, "seed": 0})["seed"] == 0
+def test_guidance_is_read_where_the_model_has_it(workdir):
+    source = origin.of_run(str(workdir))
+    guided = dataclasses.replace(source, cfg=dataclasses.replace(CFG, guidance_embed=True))
+    given = {**dict.fromkeys(sample_main.FROM_CONFIG), "batch_size": 2, "negative_prompt": None}
+    assert sample_main.choose_settings(source, given)["guidance"] is None
+    assert sample_main.choose_settings(guided, given)["guidance"] == source.config.sample.guidance == 3.5
+    assert sample_main.choose_settings(guided, {**given, "guidance": 0.0})["guidance"] == 0.0
+    assert sample_main.choose_settings(guided, {**given, "seed": 0})["seed"] == 0
 
 
-def test_weights_come_in_the_type_the_run_computes_in(workdir):
-    config = run_config()
-    config.numerics.compute = "bfloat16"
-    params = sample_main.load(str(workdir), 10, False, config, torch.device("cpu"))
-    assert all(torch.equal(a, b.bfloat16()) for a, b in zip(tree.leaves(params), tree.leaves(weights(10)), strict=True))
+def test_what_is_computed_in_is_the_runs_or_the_flags(workdir):
+    images = {}
+    for dtype in (None, "float32", "bfloat16"):
+        sample(workdir, prompt=["a three"], out=str(workdir / str(dtype)), dtype=dtype)
+        images[dtype] = pixels(workdir / str(dtype) / "000_a-three.png").astype(int)
+    assert np.array_equal(images[None], images["float32"])
+    assert 0 < np.abs(images["bfloat16"] - images["float32"]).max() < 40
+
+
+def test_more_prompts_than_are_encoded_ahead_give_the_same_pictures(workdir, monkeypatch):
+    prompts = ["a three", "a four", "a five"]
+    for name, most in (("ahead", 3), ("along", 2)):
+        monkeypatch.setattr(sample_main, "ENCODED_AHEAD", most)
+        sample(workdir, prompt=prompts, out=str(workdir / name), cfg_scale=2.0)
+    for name in everything(workdir / "ahead"):
+        assert np.array_equal(pixels(workdir / "ahead" / name), pixels(workdir / "along" / name))
 
 
 @settings(max_examples=60, deadline=None)

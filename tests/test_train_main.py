@@ -13,7 +13,7 @@ from PIL import Image
 from flux_func import config as configs
 from flux_func import sample_main, train_main
 from flux_func.data import images, sources
-from flux_func.train import checkpoint
+from flux_func.train import checkpoint, origin
 from tests.helpers import tiny_data, tiny_pipeline, tiny_run
 from tests.helpers.tiny_run import records
 
@@ -27,7 +27,7 @@ def check_run_through(workdir, fields, size):
     assert tiny_run.program(train_main, *tiny_run.arguments(workdir, fields)) == 0
     [training], [validation] = records(workdir), records(workdir, "validation_loss")
     assert 0 < training["loss"] < 100 and 0 < validation["validation_loss"] < 100
-    config = sample_main.read_config(str(workdir))
+    config = origin.read_config(str(workdir))
     source = sources.build(config, "validation")
     rows = map(source.read, source) if config.data.streaming else (source[i % len(source)] for i in range(4))
     captions = [caption for _, caption in itertools.islice(rows, 4)]
@@ -97,6 +97,6 @@ def test_every_field_of_the_workdirs_config_comes_back(tmp_path):
         tmp_path, {"train.steps": 1, "sample.prompts": "('a',)", "model.guidance_embed": True}
     )
     assert tiny_run.program(train_main, *arguments) == 0
-    config = dict(configs.flat(sample_main.read_config(str(tmp_path))))
+    config = dict(configs.flat(origin.read_config(str(tmp_path))))
     assert config["sample.prompts"] == ["a"] and config["model.guidance_embed"] is True
     assert config == dict(configs.flat(checkpoint.read_config(tmp_path, 1)))

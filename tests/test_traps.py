@@ -114,7 +114,7 @@ def take_a_step(fields, *functions):
     config = tiny_run.config(fields)
     cfg, codecs, [batch] = batches(config)
     chosen = optimizer.from_config(config)
-    current = state.create(config, chosen, CPU)
+    current = state.create(config, cfg, chosen, CPU)
     with Calls(*functions) as calls:
         step.train_step(current, batch, 0, cfg=cfg, config=config, encoders=codecs, optimizer=chosen, device=CPU)
     return batch, calls.seen

@@ -57,3 +57,28 @@ def test_select_lists_the_nearest_paths_of_a_pattern_that_fits_none():
     assert tree.select(nested, ["*.weight"]) == {"img_in.weight": 1, "txt_in.weight": 3}
     with pytest.raises(ValueError, match="img_in.weight"):
         tree.select(nested, ["img_inn.weight"])
+
+
+def test_differences_are_listed_with_the_nearest_name():
+    expected = {"img_in.weight": (4, 2), "img_in.bias": (4,), "txt_in.weight": (4, 3)}
+    assert tree.differences(expected, expected) == ""
+    found = {"img_in.weight": (2, 4), "img_in.bais": (4,), "txt_in.weight": (4, 3)}
+    assert tree.differences(found, expected) == (
+        "3 tensors: missing img_in.bias (nearest: img_in.bais); not expected img_in.bais (nearest: img_in.bias); "
+        "img_in.weight is [2, 4] and should be [4, 2]"
+    )
+    assert tree.differences({"img_in.weight": [4, 2], "img_in.bias": (4,)}, expected) == (
+        "1 tensor: missing txt_in.weight (nearest: img_in.weight)"
+    )
+
+
+@given(st.integers(0, 30), st.integers(0, 30))
+@settings(max_examples=20, deadline=None)
+def test_differences_are_all_counted_and_twenty_listed(missing, surplus):
+    found, expected = {f"a{i}": () for i in range(surplus)}, {f"b{i}": () for i in range(missing)}
+    said = tree.differences(found | {"same": (1,)}, expected | {"same": (1,)})
+    if missing + surplus == 0:
+        assert said == ""
+    else:
+        assert said.startswith(f"{missing + surplus} tensor") and said.count("; ") < 21
+        assert (f"and {missing + surplus - 20} more" in said) == (missing + surplus > 20)

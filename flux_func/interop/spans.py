@@ -5,6 +5,7 @@ Every format of FLUX holds the same numbers under other names, some tensors cut 
 rows, read from left to right to load and from right to left to save, a tensor at a time and without arithmetic.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,6 +62,14 @@ class Layout:
         parts = [read(span.path, span.start, span.start + span.rows) for span in self._by_name[name]]
         return _joined(parts).reshape(self.theirs[name])
 
+    def leaf_types(self, dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
+        """Returns {our path: type}, given the types of the format's tensors."""
+        return {path: widest(dtypes[span.name] for span in spans) for path, spans in self._by_path.items()}
+
+    def tensor_types(self, dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
+        """Returns {the format's name: type}, given the types of our leaves."""
+        return {name: widest(dtypes[span.path] for span in spans) for name, spans in self._by_name.items()}
+
     def rows(self, path: str, start: int, stop: int, read: Rows) -> Tensor:
         """Returns some rows of our leaf `path`, read from the format's tensors: a `Rows` once `read` is bound."""
         parts = []
@@ -73,7 +82,7 @@ class Layout:
 
 
 def layout(ours: Mapping[str, Shape], pieces: Callable[[str, Shape], Iterable[tuple[str, int, int]]]) -> Layout:
-    """Returns the layout in which our leaf `path` is, from its first row on, the concatenation of `pieces(path, shape)`.
+    """Returns the layout in which our leaf `path` is the concatenation of `pieces(path, shape)`, by rows.
 
     Args:
       ours: {dotted path: shape} of our leaves.
@@ -96,11 +105,17 @@ def _grouped(spans: Iterable[Span], key: str, order: str) -> dict[str, list[Span
     return groups
 
 
+def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """Returns the narrowest type that holds every value of these floating types."""
+    kinds = set(dtypes)
+    if len(kinds) == 1:
+        return kinds.pop()
+    # torch promotes no type of eight bits; bfloat16 holds them all.
+    return functools.reduce(torch.promote_types, (torch.bfloat16 if kind.itemsize == 1 else kind for kind in kinds))
+
+
 def _joined(parts: list[Tensor]) -> Tensor:
     if len(parts) == 1:
         return parts[0]
-    # Of unequal types the widest: no bit is lost.
-    dtype = parts[0].dtype
-    for part in parts[1:]:
-        dtype = torch.promote_types(dtype, part.dtype)
+    dtype = widest(part.dtype for part in parts)
     return torch.cat([part.to(dtype) for part in parts])

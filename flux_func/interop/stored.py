@@ -1,18 +1,42 @@
 """Weights at rest: what they are, and how to read them a few rows at a time."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flux_func import tree
+from flux_func.errors import UserError
 from flux_func.interop.spans import Layout, Rows
 from flux_func.models.autoencoder import AutoencoderConfig
 from flux_func.models.flux import FluxConfig
 from flux_func.models.layers import Params
 
 Config = FluxConfig | AutoencoderConfig
+_MODELS = {"transformer": FluxConfig, "autoencoder": AutoencoderConfig}
+
+
+def part_of(cfg: Config) -> str:
+    """Returns which part of a pipeline this configures: "transformer" or "autoencoder"."""
+    return next(part for part, kind in _MODELS.items() if isinstance(cfg, kind))
+
+
+def to_json(cfg: Config) -> dict[str, Any]:
+    """Returns what our files say of their model: its part, and every field."""
+    return {"model": part_of(cfg), **dataclasses.asdict(cfg)}
+
+
+def from_json(saved: Mapping[str, Any]) -> Config:
+    """Returns the configuration that `to_json` gave; raises ValueError where it did not."""
+    try:
+        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+        return _MODELS[fields.pop("model")](**fields)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"no configuration of ours: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -37,6 +61,11 @@ class Stored:
     read: Rows
     left_out: tuple[str, ...] = ()
 
+    @cached_property
+    def types(self) -> dict[str, torch.dtype]:
+        """{our path: type}, as stored."""
+        return self.layout.leaf_types(self.dtypes)
+
     def leaf(self, path: str) -> Tensor:
         """Returns our leaf `path`, on the CPU and in the stored type."""
         return self.layout.leaf(path, self.read)
@@ -60,7 +89,19 @@ class Stored:
         flat = {}
         for path in self.layout.ours:
             leaf = self.leaf(path)
-            # Never the file's own memory: what becomes of the file is no affair of the parameters.
-            flat[path] = leaf.to(device, dtype or leaf.dtype, copy=True)
+            flat[path] = cast(leaf, dtype or leaf.dtype, path).to(device)
             progress(leaf.nbytes)
         return tree.unflatten(flat)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Returns a tensor in another type; UserError where a value of it lies beyond what that type reaches."""
+    most = torch.finfo(dtype).max
+    # bfloat16 and what is wider reach as far as float32, but for a hair.
+    if dtype != tensor.dtype and most < torch.finfo(torch.bfloat16).max and tensor.numel():
+        wide = tensor.float() if tensor.itemsize == 1 else tensor
+        largest = max(-wide.min().item(), wide.max().item())
+        if largest > most:
+            kind = str(dtype).removeprefix("torch.")
+            raise UserError(f"dtype is {kind}: {name} reaches {largest:.3g}, beyond {most:.3g}; use bfloat16")
+    return tensor.to(dtype)

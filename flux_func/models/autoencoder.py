@@ -107,14 +107,8 @@ def load(
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot be read ({error}); it {wanted}") from error
     expected = shapes(cfg)
-    faults = {
-        "missing": sorted(expected.keys() - found.keys()),
-        "not FLUX's": sorted(found.keys() - expected.keys()),
-        "of another shape": [p for p in expected if p in found and tuple(found[p].shape) != expected[p]],
-    }
-    if any(faults.values()):
-        listed = "; ".join(f"{len(paths)} {fault}: {_some(paths)}" for fault, paths in faults.items() if paths)
-        raise ValueError(f"does not hold this autoencoder's tensors ({listed}); it {wanted}")
+    if unfit := tree.differences({path: tuple(leaf.shape) for path, leaf in found.items()}, expected):
+        raise ValueError(f"does not hold this autoencoder's tensors, {unfit}; it {wanted}")
     return tree.unflatten({p: found[p].to(device, dtype) for p in expected}), cfg
 
 
@@ -274,7 +268,3 @@ def _draw(path: str, flat: Shapes, seed: int) -> Tensor:
     rng = random.generator(seed, f"init/autoencoder.{path}")
     unit = rng.random(flat[path], dtype=np.float32)
     return torch.from_numpy((2 * unit - 1) * fan_in**-0.5)
-
-
-def _some(paths: list[str], most: int = 6) -> str:
-    return ", ".join(paths[:most]) + (", ..." if len(paths) > most else "")

@@ -27,11 +27,11 @@ Params = dict[str, Any]
 Tokens = Mapping[str, np.ndarray | Tensor]
 Stage = Callable[[Params, dict, dict], dict]
 
-# The tree's two branches: folder, model_type in config.json and class of the model; folder of the tokenizer and the
-# files of which one holds its vocabulary.
+# The tree's two branches: in diffusers' layout the folders of the model and of its tokenizer; model_type in config.json
+# and class of the model; the files of which one holds the vocabulary.
 _PARTS = {
-    "t5": ("text_encoder_2", "t5", "T5EncoderModel", "tokenizer_2", ("tokenizer.json", "spiece.model")),
-    "clip": ("text_encoder", "clip_text_model", "CLIPTextModel", "tokenizer", ("tokenizer.json", "vocab.json")),
+    "t5": ("text_encoder_2", "tokenizer_2", "t5", "T5EncoderModel", ("tokenizer.json", "spiece.model")),
+    "clip": ("text_encoder", "tokenizer", "clip_text_model", "CLIPTextModel", ("tokenizer.json", "vocab.json")),
 }
 _PADDING = 0
 
@@ -44,6 +44,8 @@ class TextConfig:
       kind: "hash" or "hf".
       path: hf: a folder with text_encoder, text_encoder_2, tokenizer and tokenizer_2, as diffusers lays it out, or
         the name of such a repository in the hub's cache on this machine.
+      t5, clip: hf: where they are set, a folder (or a name in the hub's cache) of that model alone with its tokenizer
+        beside it, as transformers lays it out; `path` is then not looked at for it.
       max_length: tokens of the T5 sequence.
       clip_length: tokens of the CLIP sequence.
       random_init: hf: random weights, from the config.json files alone.
@@ -52,6 +54,8 @@ class TextConfig:
 
     kind: str = "hash"
     path: str = ""
+    t5: str = ""
+    clip: str = ""
     max_length: int = 256
     clip_length: int = 77
     random_init: bool = False
@@ -77,7 +81,7 @@ def tokenizer(cfg: TextConfig) -> Callable[[list[str]], dict[str, np.ndarray]]:
     word's hash and 0 is padding.
 
     Raises:
-      ValueError: naming text.path, where a tokenizer is missing there or cannot be read.
+      ValueError: naming text.path (or text.t5, text.clip), where a tokenizer is missing there or cannot be read.
     """
     if cfg.kind == "hash":
         return functools.partial(_hash_tokens, max_length=cfg.max_length, clip_length=cfg.clip_length)
@@ -97,7 +101,8 @@ def load(
       dtype, device: of every leaf.
 
     Raises:
-      ValueError: naming text.path, where files are missing there, cannot be read or lack tensors.
+      ValueError: naming text.path (or text.t5, text.clip), where files are missing there, are pickles, cannot be read
+        or lack tensors.
     """
     if cfg.kind == "hash":
         return {}
@@ -261,7 +266,7 @@ def _modules(cfg: TextConfig) -> dict[str, torch.nn.Module]:
 def _class(part: str) -> type:
     import transformers
 
-    return getattr(transformers, _PARTS[part][2])
+    return getattr(transformers, _PARTS[part][3])
 
 
 def _random(cfg: TextConfig, part: str, seed: int) -> torch.nn.Module:
@@ -273,11 +278,12 @@ def _random(cfg: TextConfig, part: str, seed: int) -> torch.nn.Module:
 
 
 def _pretrained(cfg: TextConfig, part: str, dtype: torch.dtype) -> torch.nn.Module:
-    folder = _PARTS[part][0]
     _config(cfg, part)
-    with _naming_path(cfg, folder):
+    model_at, _ = _folders(cfg, part)
+    _check_not_pickled(cfg, part, model_at)
+    with _naming(cfg, part, model_at or "the model"):
         model, report = _class(part).from_pretrained(
-            os.path.join(_root(cfg), folder),
+            _on_disk(cfg, part, model_at),
             dtype=dtype,
             local_files_only=True,
             use_safetensors=True,
@@ -286,62 +292,86 @@ def _pretrained(cfg: TextConfig, part: str, dtype: torch.dtype) -> torch.nn.Modu
         )
     lacking = sorted([*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])])
     if lacking:
-        raise _fault(cfg, f"{folder} lacks {len(lacking)} tensors of the shape config.json gives, such as {lacking[0]}")
+        what = f"lacks {len(lacking)} tensors of the shape config.json gives, such as {lacking[0]}"
+        raise _fault(cfg, part, f"{model_at or 'the model'} {what}")
     return model
+
+
+def _check_not_pickled(cfg: TextConfig, part: str, folder: str) -> None:
+    there = os.listdir(_on_disk(cfg, part, folder))
+    pickles = sorted(name for name in there if name.endswith((".bin", ".pt", ".ckpt")))
+    if pickles and not any(name.endswith(".safetensors") for name in there):
+        convert = f"{_PARTS[part][3]}.from_pretrained(...).save_pretrained(...) makes safetensors of it"
+        raise _fault(cfg, part, f"{os.path.join(folder, pickles[0])} is a pickle, and never opened ({convert})")
 
 
 def _config(cfg: TextConfig, part: str) -> Any:
     from transformers import AutoConfig
 
-    folder, kind, *_ = _PARTS[part]
-    _check_file(cfg, folder, "config.json")
-    with _naming_path(cfg, f"{folder}/config.json"):
-        config = AutoConfig.from_pretrained(os.path.join(_root(cfg), folder), local_files_only=True)
+    kind, (model_at, _) = _PARTS[part][2], _folders(cfg, part)
+    name = os.path.join(model_at, "config.json")
+    _check_file(cfg, part, name)
+    with _naming(cfg, part, name):
+        config = AutoConfig.from_pretrained(_on_disk(cfg, part, model_at), local_files_only=True)
     # A whole CLIP's configuration holds the text model's.
     config = getattr(config, "text_config", config)
     if config.model_type != kind:
-        raise _fault(cfg, f"model_type in {folder}/config.json is {config.model_type!r}, not {kind!r}")
+        raise _fault(cfg, part, f"model_type in {name} is {config.model_type!r}, not {kind!r}")
     return config
 
 
 def _hf_tokenizer(cfg: TextConfig, part: str) -> Any:
     from transformers import AutoTokenizer
 
-    *_, folder, vocabulary = _PARTS[part]
-    _check_file(cfg, folder, "tokenizer_config.json")
+    vocabulary, (_, tokenizer_at) = _PARTS[part][4], _folders(cfg, part)
+    _check_file(cfg, part, os.path.join(tokenizer_at, "tokenizer_config.json"))
     # Without these AutoTokenizer makes up an empty vocabulary, and says nothing.
-    _check_file(cfg, folder, *vocabulary)
-    with _naming_path(cfg, folder):
-        return AutoTokenizer.from_pretrained(os.path.join(_root(cfg), folder), local_files_only=True)
+    _check_file(cfg, part, *(os.path.join(tokenizer_at, name) for name in vocabulary))
+    with _naming(cfg, part, tokenizer_at or "the tokenizer"):
+        return AutoTokenizer.from_pretrained(_on_disk(cfg, part, tokenizer_at), local_files_only=True)
 
 
-def _check_file(cfg: TextConfig, folder: str, *names: str) -> None:
-    if not any(os.path.isfile(os.path.join(_root(cfg), folder, name)) for name in names):
-        raise _fault(cfg, " or ".join(f"{folder}/{name}" for name in names) + " is missing")
+def given(cfg: TextConfig, part: str) -> tuple[str, str]:
+    """Returns the field that says where "t5" or "clip" is, and its value: ("text.path", "FLUX.1-dev")."""
+    own = getattr(cfg, part)
+    return (f"text.{part}", own) if own else ("text.path", cfg.path)
 
 
-def _root(cfg: TextConfig) -> str:
-    if os.path.isdir(cfg.path):
-        return cfg.path
+def _folders(cfg: TextConfig, part: str) -> tuple[str, str]:
+    # Of the model and of the tokenizer, below the folder that is given.
+    return ("", "") if getattr(cfg, part) else _PARTS[part][:2]
+
+
+def _check_file(cfg: TextConfig, part: str, *names: str) -> None:
+    if not any(os.path.isfile(_on_disk(cfg, part, name)) for name in names):
+        raise _fault(cfg, part, " or ".join(names) + " is missing")
+
+
+def _on_disk(cfg: TextConfig, part: str, name: str) -> str:
+    _, path = given(cfg, part)
+    if os.path.isdir(path):
+        return os.path.join(path, name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return snapshot_download(cfg.path, local_files_only=True)
+        return os.path.join(snapshot_download(path, local_files_only=True), name)
     except (HFValidationError, LocalEntryNotFoundError) as error:
-        raise _fault(cfg, "there is no such folder, nor such a repository in the hub's cache") from error
+        raise _fault(cfg, part, "there is no such folder, nor such a repository in the hub's cache") from error
 
 
 @contextlib.contextmanager
-def _naming_path(cfg: TextConfig, part: str) -> Iterator[None]:
+def _naming(cfg: TextConfig, part: str, what: str) -> Iterator[None]:
     # transformers and tokenizers raise exceptions of many types over a file that they cannot use.
     try:
         yield
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise _fault(cfg, f"{part} cannot be read ({reason})") from error
+        raise _fault(cfg, part, f"{what} cannot be read ({reason})") from error
 
 
-def _fault(cfg: TextConfig, what: str) -> ValueError:
-    wanted = "a folder with text_encoder, text_encoder_2, tokenizer and tokenizer_2, as diffusers lays it out"
-    return ValueError(f"text.path is {cfg.path!r}: {what}; it should be {wanted}")
+def _fault(cfg: TextConfig, part: str, what: str) -> ValueError:
+    field, path = given(cfg, part)
+    whole = "a folder with text_encoder, text_encoder_2, tokenizer and tokenizer_2, as diffusers lays it out"
+    alone = f"a folder with {part.upper()} and its tokenizer, as transformers saves them"
+    return ValueError(f"{field} is {path!r}: {what}; it should be {whole if field == 'text.path' else alone}")

@@ -1,42 +1,32 @@
 """Checkpoints of the train state, by Orbax.
 
-    WORKDIR/checkpoints/STEP/params/  opt/  ema/    an Orbax item for each member of the state
-    WORKDIR/checkpoints/STEP/config/                the configuration the checkpoint was written with, as JSON
-    WORKDIR/checkpoints/STEP/commit_success.txt     written last: a folder without it is not a checkpoint
+    WORKDIR/checkpoints/STEP/config/    the configuration the checkpoint was written with, as JSON
 
-An item is a flat dict from dotted path to array: the weights carry Black Forest Labs' own names, any Orbax reads them
-(`PyTreeCheckpointer().restore(".../params")`), and a member or a leaf is read without the rest.
+What else there is, `interop/orbax.py` says.
 
 Reading is functions of (workdir, step); writing is `Checkpoints`, which holds Orbax's manager and the host buffers.
 """
 
 import contextlib
-import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from flux_func import tree
 from flux_func.errors import UserError
-from flux_func.train.arrays import copies, orbax, to_jax, to_torch
+from flux_func.interop import arrays, orbax
+from flux_func.interop.orbax import find, steps
+from flux_func.interop.stored import to_json
+from flux_func.models.flux import FluxConfig
 from flux_func.train.state import DTYPES, size_in_bytes
 
-MARKER = "commit_success.txt"
 # What `restore` reads at a time, unless a single leaf is larger: the memory it takes on top of the state itself.
 GROUP_BYTES = 256 << 20
 # Room for a checkpoint's metadata, and for what else a run writes.
 MARGIN_BYTES = 64 << 20
-
-
-def steps(workdir: str | Path) -> list[int]:
-    """Returns the steps of the committed checkpoints, ascending; leftovers of interrupted saves are not among them."""
-    names = [marker.parent.name for marker in _folder(workdir).glob(f"*/{MARKER}")]
-    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def latest(workdir: str | Path) -> int | None:
@@ -59,15 +49,21 @@ def resume_point(workdir: str | Path) -> tuple[int, dict[str, Any]] | None:
 
 def read_config(workdir: str | Path, step: int) -> dict[str, Any]:
     """Returns the configuration that a checkpoint was written with, as JSON gives it back."""
-    ocp = orbax()
     with _reading(workdir, step):
-        return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(_find(workdir, step) / "config")
+        return orbax.read_json(find(workdir, step), "config")
+
+
+def read_model(workdir: str | Path, step: int) -> FluxConfig:
+    """Returns the model whose weights a checkpoint holds."""
+    with _reading(workdir, step):
+        return orbax.read_model(find(workdir, step))
 
 
 def abstract(workdir: str | Path, step: int) -> dict[str, Any]:
     """Returns the stored state as a tree of meta tensors, which is what `restore` takes, whole or in part."""
-    members = sorted(path.parent.name for path in _find(workdir, step).glob("*/_METADATA"))
-    return {member: tree.unflatten(_stored(workdir, step, member)) for member in members}
+    with _reading(workdir, step):
+        checkpoint = find(workdir, step)
+        return {member: tree.unflatten(orbax.describe(checkpoint, member)) for member in orbax.members(checkpoint)}
 
 
 def restore(
@@ -160,12 +156,15 @@ class Checkpoints:
     def __exit__(self, *exception) -> None:
         self.close()
 
-    def save(self, step: int, state: Mapping[str, Any], config: Mapping[str, Any], wait: bool = False) -> None:
+    def save(
+        self, step: int, state: Mapping[str, Any], cfg: FluxConfig, config: Mapping[str, Any], wait: bool = False
+    ) -> None:
         """Saves the state, once the save before is committed; a step that is already there is left as it is.
 
         Args:
           step: optimizer steps taken so far.
           state: trees of tensors by name: params, opt, ema. Without "opt" the checkpoint holds weights only.
+          cfg: the model.
           config: the run's configuration, as JSON can hold it.
           wait: True: return when the checkpoint is committed; the state must not change until then. False: return
             as soon as the state may be changed in place.
@@ -178,9 +177,9 @@ class Checkpoints:
             return
         check_room(self._workdir, size_in_bytes(state), [step])
         flat = {path: leaf.detach() for path, leaf in tree.flatten(state).items()}
-        self._buffers = {} if wait else copies(flat, self._buffers)
+        self._buffers = {} if wait else arrays.copies(flat, self._buffers)
         with self._writing():
-            self._start(step, flat if wait else self._buffers, config)
+            self._start(step, flat if wait else self._buffers, model=to_json(cfg), config=dict(config))
         if wait:
             self.wait()
 
@@ -201,16 +200,17 @@ class Checkpoints:
             self._manager.close()
         self._manager, self._buffers = None, {}
 
-    def _start(self, step: int, flat: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
-        ocp = orbax()
+    def _start(self, step: int, flat: Mapping[str, torch.Tensor], **said: dict[str, Any]) -> None:
+        ocp = arrays.orbax()
         members: dict[str, dict[str, Any]] = {}
         for path, leaf in flat.items():
             member, _, rest = path.partition(".")
-            members.setdefault(member, {})[rest] = to_jax(leaf)
-        items = {member: ocp.args.PyTreeSave(arrays) for member, arrays in members.items()}
+            members.setdefault(member, {})[rest] = arrays.to_jax(leaf)
+        items = {member: ocp.args.PyTreeSave(leaves) for member, leaves in members.items()}
+        items |= {item: ocp.args.JsonSave(content) for item, content in said.items()}
         if self._manager is None:
             self._manager = _manager(self._workdir, self._keep_last, self._keep_every)
-        args = ocp.args.Composite(config=ocp.args.JsonSave(dict(config)), **items)
+        args = ocp.args.Composite(**items)
         self._manager.save(step, args=args, force=True, custom_metadata={"weights_only": "opt" not in members})
 
     @contextlib.contextmanager
@@ -220,15 +220,15 @@ class Checkpoints:
         except Exception as error:
             # Orbax's manager has lost count of its steps by now.
             self._manager, self._buffers = None, {}
-            cause = _disk_error(error)
+            cause = orbax.disk_error(error)
             if cause is None:
                 raise
             _remove_leftovers(self._workdir)
             step = latest(self._workdir)
             whole = "no checkpoint is there yet" if step is None else f"the checkpoint of step {step} is whole"
             raise UserError(
-                f"workdir is {str(self._workdir)!r}: a checkpoint could not be written there ({cause}); {whole}: "
-                f"free some room or name another --workdir"
+                f"workdir is {str(self._workdir)!r}: a checkpoint could not be written there "
+                f"({cause.strerror or cause}); {whole}: free some room or name another --workdir"
             ) from error
 
 
@@ -236,9 +236,11 @@ def _restore_member(workdir: str | Path, step: int, member: str, like: Any, devi
     flat = tree.flatten(like)
     restored: dict[str, torch.Tensor] = {}
     for paths in _groups({path: size_in_bytes(leaf) for path, leaf in flat.items()}):
-        for path, array in _read(workdir, step, member, paths).items():
+        with _reading(workdir, step):
+            read = orbax.read(find(workdir, step), member, paths)
+        for path, array in read.items():
             leaf = flat[path]
-            restored[path] = torch.empty(leaf.shape, dtype=leaf.dtype, device=device).copy_(to_torch(array))
+            restored[path] = torch.empty(leaf.shape, dtype=leaf.dtype, device=device).copy_(arrays.to_torch(array))
     leaves = iter([restored[path] for path in flat])
     return tree.map(lambda _: next(leaves), like)
 
@@ -256,34 +258,15 @@ def _groups(sizes: Mapping[str, int]) -> list[list[str]]:
     return groups
 
 
-def _read(workdir: str | Path, step: int, member: str, paths: Sequence[str]) -> dict[str, np.ndarray]:
-    ocp = orbax()
-    args = ocp.args.PyTreeRestore(
-        item=dict.fromkeys(paths, 0),
-        restore_args=dict.fromkeys(paths, ocp.RestoreArgs(restore_type=np.ndarray)),
-        partial_restore=True,
-    )
-    with _reading(workdir, step):
-        return ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(_find(workdir, step) / member, args=args)
-
-
-def _stored(workdir: str | Path, step: int, member: str) -> dict[str, torch.Tensor]:
-    """Returns {path: meta tensor} of the leaves that a checkpoint holds of one member of the state."""
-    ocp = orbax()
-    with _reading(workdir, step):
-        metadata = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).metadata(_find(workdir, step) / member)
-        leaves = metadata.item_metadata.tree
-        dtypes = {path: getattr(torch, np.dtype(leaf.dtype).name) for path, leaf in leaves.items()}
-        return {path: torch.empty(leaf.shape, dtype=dtypes[path], device="meta") for path, leaf in leaves.items()}
-
-
 def _check_leaves(workdir: str | Path, step: int, member: str, flat: Mapping[str, torch.Tensor], cast: bool) -> None:
     if not flat:
         return
     where = f"workdir is {str(workdir)!r}: its checkpoint of step {step}"
-    if not (_find(workdir, step) / member).is_dir():
+    checkpoint = find(workdir, step)
+    if not (checkpoint / member).is_dir():
         raise UserError(f"{where} holds no {member}: name another --workdir")
-    stored = _stored(workdir, step, member)
+    with _reading(workdir, step):
+        stored = orbax.describe(checkpoint, member)
     for path in sorted(stored.keys() | flat.keys()):
         old, new = _describe(stored.get(path), cast), _describe(flat.get(path), cast)
         if old != new:
@@ -297,10 +280,8 @@ def _describe(leaf: torch.Tensor | None, any_dtype: bool) -> str:
 
 
 def _check_resumable(workdir: str | Path, step: int) -> None:
-    ocp = orbax()
     with _reading(workdir, step):
-        metadata = ocp.Checkpointer(ocp.CompositeCheckpointHandler()).metadata(_find(workdir, step))
-        weights_only = metadata.custom_metadata["weights_only"]
+        weights_only = orbax.weights_only(find(workdir, step))
     if weights_only:
         raise UserError(
             f"workdir is {str(workdir)!r}: its checkpoint of step {step} holds weights only "
@@ -308,28 +289,11 @@ def _check_resumable(workdir: str | Path, step: int) -> None:
         )
 
 
-@contextlib.contextmanager
-def _reading(workdir: str | Path, step: int) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, LookupError, AttributeError) as error:  # what Orbax raises for damaged files
-        cause = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"workdir is {str(workdir)!r}: its checkpoint of step {step} cannot be read ({cause}): "
-            f"remove {_folder(workdir) / str(step)} to go on from the one before it"
-        ) from error
-
-
-def _folder(workdir: str | Path) -> Path:
-    return Path(workdir).absolute() / "checkpoints"
-
-
-def _find(workdir: str | Path, step: int) -> Path:
-    there = steps(workdir)
-    if step not in there:
-        has = f"those of steps {', '.join(map(str, there))}" if there else "none"
-        raise UserError(f"step is {step}: {str(workdir)!r} has no such checkpoint; it has {has}")
-    return _folder(workdir) / str(step)
+def _reading(workdir: str | Path, step: int) -> contextlib.AbstractContextManager[None]:
+    return orbax.reading(
+        f"workdir is {str(workdir)!r}: its checkpoint of step {step}",
+        f"remove {orbax.folder(workdir) / str(step)} to go on from the one before it",
+    )
 
 
 def _most_held(ascending: Sequence[int], keep_last: int, keep_every: int) -> int:
@@ -343,26 +307,12 @@ def _most_held(ascending: Sequence[int], keep_last: int, keep_every: int) -> int
 def _remove_leftovers(workdir: str | Path) -> None:
     """Removes what interrupted saves left: folders of a step's name that have no marker."""
     whole = {str(step) for step in steps(workdir)}
-    for path in _folder(workdir).glob("*"):
+    for path in orbax.folder(workdir).glob("*"):
         if path.name.partition(".")[0].isdecimal() and path.name not in whole:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _disk_error(error: BaseException) -> str | None:
-    """Returns the system's words for what the disk refused, or None if the error is of another kind."""
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    if code:
-        return os.strerror(int(code[1]))
-    return error.strerror or str(error) if isinstance(error, OSError) else None
-
-
 def _manager(workdir: str | Path, keep_last: int, keep_every: int) -> Any:
-    ocp = orbax()
-    policies = ocp.checkpoint_managers
+    policies = arrays.orbax().checkpoint_managers
     kept = [policies.LatestN(keep_last or None), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
-    handler = ocp.PyTreeCheckpointHandler(use_compression=False)
-    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    registry.add(None, ocp.args.PyTreeSave, handler)
-    registry.add(None, ocp.args.PyTreeRestore, handler)
-    options = ocp.CheckpointManagerOptions(preservation_policy=policies.AnyPreservationPolicy(kept))
-    return ocp.CheckpointManager(_folder(workdir), options=options, handler_registry=registry)
+    return orbax.manager(workdir, preservation_policy=policies.AnyPreservationPolicy(kept))

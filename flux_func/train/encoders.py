@@ -1,6 +1,7 @@
 """The frozen encoders of a run: images to latents and back, captions to embeddings."""
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import ml_collections
@@ -11,9 +12,11 @@ from torch import Tensor
 from flux_func.errors import UserError
 from flux_func.models import autoencoder, text
 from flux_func.models.flux import FluxConfig
-from flux_func.train.state import DTYPES
+from flux_func.train.state import DTYPES, find_weights
 
 Tokens = Mapping[str, np.ndarray]
+LATENT_CHANNELS = 16
+PIXELS_PER_LATENT = 8
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ def build(config: ml_collections.ConfigDict, cfg: FluxConfig, device: torch.devi
     text_cfg = text.TextConfig(
         kind=config.text.kind,
         path=config.text.path,
+        t5=config.text.t5,
+        clip=config.text.clip,
         max_length=config.text.max_length,
         random_init=config.text.random_init,
         context_dim=cfg.context_in_dim,
@@ -53,10 +58,7 @@ def build(config: ml_collections.ConfigDict, cfg: FluxConfig, device: torch.devi
     dtype = DTYPES[config.numerics.compute]
     image_params, image_cfg = _autoencoder(config, dtype, device)
     try:
-        widths = text.widths(text_cfg)
-        if widths != (cfg.context_in_dim, cfg.vec_in_dim):
-            remedy = f"{config.model.flavor} takes {cfg.context_in_dim} and {cfg.vec_in_dim}"
-            raise UserError(f"text.path is {config.text.path!r}: T5 and CLIP are {widths} wide, {remedy}")
+        _check_widths(text_cfg, cfg)
         tokenize = text.tokenizer(text_cfg)
         text_params = text.load(text_cfg, config.train.seed, dtype, device)
     except (ValueError, OSError) as error:
@@ -81,11 +83,57 @@ def build(config: ml_collections.ConfigDict, cfg: FluxConfig, device: torch.devi
     return Encoders(tokenize, encode_text, encode_image, decode, sampled)
 
 
+def ahead(
+    encoders: Encoders,
+    captions: Sequence[str],
+    batch_size: int = 8,
+    progress: Callable[[int], object] = lambda count: None,
+) -> Encoders:
+    """Returns encoders that know these captions alone, encoded here and now: the models of text can be let go.
+
+    Args:
+      encoders: the encoders.
+      captions: every caption to come. Of each the encoding is kept, on the CPU (4 MB for FLUX's 512 tokens in
+        bfloat16); a token of it is its place among them.
+      batch_size: captions encoded at once.
+      progress: called with the number of captions after each batch.
+    """
+    places = {caption: place for place, caption in enumerate(dict.fromkeys(captions))}
+    rows: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, len(places), batch_size):
+        part = list(places)[start : start + batch_size]
+        txt, y = encoders.encode_text(encoders.tokenize(part))
+        device = txt.device
+        rows += zip(txt.cpu(), y.cpu(), strict=True)
+        progress(len(part))
+
+    def tokenize(captions: list[str]) -> Tokens:
+        return {"place": np.array([places[caption] for caption in captions])}
+
+    def encode_text(tokens: Tokens) -> tuple[Tensor, Tensor]:
+        txt, y = zip(*(rows[place] for place in tokens["place"]), strict=True)
+        return torch.stack(txt).to(device), torch.stack(y).to(device)
+
+    return dataclasses.replace(encoders, tokenize=tokenize, encode_text=encode_text)
+
+
+def _check_widths(text_cfg: text.TextConfig, cfg: FluxConfig) -> None:
+    needed = (cfg.context_in_dim, cfg.vec_in_dim)
+    for part, found, width in zip(("t5", "clip"), text.widths(text_cfg), needed, strict=True):
+        if found != width:
+            field, path = text.given(text_cfg, part)
+            raise UserError(f"{field} is {path!r}: its {part.upper()} is {found} wide, and the model takes {width}")
+
+
 def _autoencoder(config: ml_collections.ConfigDict, dtype: torch.dtype, device: torch.device):
-    if config.autoencoder.kind == "kl" and config.autoencoder.path:
-        try:
-            return autoencoder.load(config.autoencoder.path, dtype, device)
-        except (ValueError, OSError) as error:
-            raise UserError(f"autoencoder.path is {config.autoencoder.path!r}: {error}") from error
+    path = config.autoencoder.path
+    if config.autoencoder.kind == "kl" and path:
+        found = find_weights(path, "autoencoder", "autoencoder.path")
+        form = (found.cfg.z_channels, found.cfg.downsampling)
+        if form != (LATENT_CHANNELS, PIXELS_PER_LATENT):
+            says = "its latents have {} channels, and one stands for {} pixels along a side".format(*form)
+            wanted = f"FLUX.1's have {LATENT_CHANNELS}, and one stands for {PIXELS_PER_LATENT}"
+            raise UserError(f"autoencoder.path is {path!r}: {says}; {wanted}")
+        return found.params(dtype, device), found.cfg
     cfg = autoencoder.AutoencoderConfig(kind=config.autoencoder.kind)
     return autoencoder.init(cfg, config.train.seed, dtype, device), cfg

@@ -11,10 +11,7 @@ from flux_func import random, tree
 from flux_func.flow import sampler
 from flux_func.models import flux
 from flux_func.models.layers import Ops, Params
-from flux_func.train.encoders import Encoders
-
-LATENT_CHANNELS = 16
-PIXELS_PER_LATENT = 8
+from flux_func.train.encoders import LATENT_CHANNELS, PIXELS_PER_LATENT, Encoders
 
 
 def generate(*args, **kwargs) -> Tensor:
@@ -34,6 +31,7 @@ def batches(
     steps: int,
     guidance: float | None = None,
     cfg_scale: float = 1.0,
+    negative_prompt: str = "",
     shift: bool = True,
     batch_size: int = 8,
     ops: Ops = Ops(),
@@ -52,7 +50,8 @@ def batches(
       height, width: of the images in pixels, multiples of 16.
       steps: Euler steps.
       guidance: distilled guidance; read, and needed, where the model has a guidance embedding.
-      cfg_scale: classifier-free guidance against the empty prompt; 1: none.
+      cfg_scale: classifier-free guidance; 1: none.
+      negative_prompt: what it guides away from.
       shift: whether the timesteps are shifted by resolution.
       batch_size: prompts sampled at once.
       ops: how linears, attention and stages are done.
@@ -62,7 +61,8 @@ def batches(
     ops = ops if progress is None else _ticking(ops, progress)
     uncond = {}
     if cfg_scale != 1:
-        uncond = dict(zip(("uncond_txt", "uncond_y"), encoders.encode_text(encoders.tokenize([""])), strict=True))
+        encoded = encoders.encode_text(encoders.tokenize([negative_prompt]))
+        uncond = dict(zip(("uncond_txt", "uncond_y"), encoded, strict=True))
     shape = (LATENT_CHANNELS, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]

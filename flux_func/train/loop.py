@@ -16,6 +16,7 @@ from flux_func import config as configs
 from flux_func.data import images as pictures
 from flux_func.data import pipeline, sources
 from flux_func.errors import UserError
+from flux_func.interop.stored import Stored
 from flux_func.models import flops, flux
 from flux_func.train import checkpoint, encoders, generate, metrics, optimizer, state, validate
 from flux_func.train import step as steps
@@ -23,12 +24,13 @@ from flux_func.train import step as steps
 
 @dataclass(frozen=True)
 class Run:
-    """What stays the same through a run."""
+    """What stays the same through a run; `weights`, unread, are those that it is about to start from."""
 
     config: ml_collections.ConfigDict
     workdir: Path
     device: torch.device
     cfg: flux.FluxConfig
+    weights: Stored | None
     encoders: encoders.Encoders
     optimizer: optimizer.Optimizer
     schedule: Callable[[int], float]
@@ -86,11 +88,11 @@ def prepare(config: ml_collections.ConfigDict, workdir: str, device: torch.devic
                 f"train.steps is {config.train.steps}: should be at least {resumed}, the step of the checkpoint in "
                 f"the workdir; or name another --workdir"
             )
-    cfg, chosen = state.model_config(config), optimizer.from_config(config)
+    chosen, (cfg, weights) = optimizer.from_config(config), choose_model(config, workdir, resumed)
     upcoming = [step for step in range(resumed or 0, config.train.steps) if due(step, config.checkpoint.every)]
     checkpoint.check_room(
         workdir,
-        state.size_in_bytes(state.abstract(config, chosen)),
+        state.size_in_bytes(state.abstract(config, cfg, chosen)),
         [*upcoming, config.train.steps],
         config.checkpoint.keep_last,
         config.checkpoint.keep_every,
@@ -100,6 +102,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str, device: torch.devic
         workdir=Path(workdir),
         device=device,
         cfg=cfg,
+        weights=weights,
         optimizer=chosen,
         schedule=optimizer.schedule_from_config(config),
         train_source=sources.build(config, config.data.split),
@@ -107,6 +110,17 @@ def prepare(config: ml_collections.ConfigDict, workdir: str, device: torch.devic
         encoders=encoders.build(config, cfg, device),  # last, as this may take minutes
     )
     return resumed, run
+
+
+def choose_model(
+    config: ml_collections.ConfigDict, workdir: str, resumed: int | None
+) -> tuple[flux.FluxConfig, Stored | None]:
+    """Returns the model to train and the weights it starts from; a checkpoint knows its model, and is its weights."""
+    if resumed is not None:
+        return checkpoint.read_model(workdir, resumed), None
+    path = config.model.weights
+    weights = state.find_weights(path, "transformer", "model.weights") if path else None
+    return state.model_config(config, weights), weights
 
 
 def check_workdir(workdir: str) -> None:
@@ -127,8 +141,8 @@ def needs_validation(config: ml_collections.ConfigDict) -> bool:
 def begin(run: Run, resumed: int | None) -> dict:
     """Returns the state to go on from: the checkpoint's, or a fresh one."""
     if resumed is None:
-        return state.create(run.config, run.optimizer, run.device)
-    return checkpoint.restore(run.workdir, resumed, state.abstract(run.config, run.optimizer), run.device)
+        return state.create(run.config, run.cfg, run.optimizer, run.device, run.weights)
+    return checkpoint.restore(run.workdir, resumed, state.abstract(run.config, run.cfg, run.optimizer), run.device)
 
 
 def loop(
@@ -167,7 +181,7 @@ def loop(
         if due(step, config.sample.every):
             draw(run, current, prompts(run), f"step_{step:06d}.png")
         if due(step, config.checkpoint.every) and not last:
-            checkpoints.save(step, current, to_json(config))
+            checkpoints.save(step, current, run.cfg, to_json(config))
             writer.draw()
         meter.resume()
     return step
@@ -180,7 +194,7 @@ def finish(
     config, done = run.config, step == run.config.train.steps
     weights_only = done and config.checkpoint.last_weights_only
     kept = checkpoint.weights(current, config.checkpoint.export_dtype) if weights_only else current
-    checkpoints.save(step, kept, to_json(config), wait=True)
+    checkpoints.save(step, kept, run.cfg, to_json(config), wait=True)
     if not done:
         writer.say(
             f"stopped by {signal} after step {step} of {config.train.steps}; the checkpoint is saved: "

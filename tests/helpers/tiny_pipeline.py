@@ -1,7 +1,9 @@
-"""Builds a folder as diffusers lays FLUX's text encoders out, with tiny models and tokenizers trained on the spot."""
+"""Tiny FLUX in diffusers' own classes and layout, with tokenizers trained on the spot: text encoders, or all of it."""
 
 import json
 import pathlib
+import shutil
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -68,6 +70,79 @@ def build(
             else:
                 config.save_pretrained(folder / name)
     return folder
+
+
+def whole(
+    folder: pathlib.Path, guidance: bool = True, shift: bool = True, transformer: dict[str, Any] | None = None
+) -> pathlib.Path:
+    """Writes a whole FLUX.1 pipeline by diffusers' `save_pretrained`, and returns the folder.
+
+    Every weight is random, and large enough that prompts, guidance and time each change the pixels.
+
+    Args:
+      folder: where to; it is made.
+      guidance: whether the transformer has a guidance embedding.
+      shift: whether the scheduler shifts by resolution, as dev's, or not, as schnell's.
+      transformer: changes to its configuration.
+    """
+    import torch
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
+
+    parts = build(folder / "parts")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model = FluxTransformer2DModel(
+            **{
+                "in_channels": 64,
+                "num_layers": 2,
+                "num_single_layers": 2,
+                "attention_head_dim": 16,
+                "num_attention_heads": 3,
+                "joint_attention_dim": 32,
+                "pooled_projection_dim": 24,
+                "guidance_embeds": guidance,
+                "axes_dims_rope": (4, 6, 6),
+                **(transformer or {}),
+            }
+        )
+        vae = AutoencoderKL(
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+            block_out_channels=[32, 32, 64, 64],
+            layers_per_block=1,
+            latent_channels=16,
+            scaling_factor=0.4,
+            shift_factor=0.2,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+        _randomize(model, 1.0)
+        _randomize(vae, 0.6)
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=shift, shift=3.0 if shift else 1.0)
+    FluxPipeline(
+        scheduler=scheduler,
+        vae=vae,
+        transformer=model,
+        text_encoder=CLIPTextModel.from_pretrained(parts / "text_encoder"),
+        text_encoder_2=T5EncoderModel.from_pretrained(parts / "text_encoder_2"),
+        tokenizer=AutoTokenizer.from_pretrained(parts / "tokenizer"),
+        tokenizer_2=AutoTokenizer.from_pretrained(parts / "tokenizer_2"),
+    ).save_pretrained(folder)
+    shutil.rmtree(parts)
+    return folder
+
+
+def _randomize(model, gain: float) -> None:
+    # Linears and convolutions keep the size of what goes through them, times the gain; biases and norms are not plain.
+    import torch
+
+    with torch.no_grad():
+        for name, leaf in model.named_parameters():
+            if leaf.ndim > 1:
+                leaf.normal_(std=gain * (leaf.numel() / leaf.shape[0]) ** -0.5)
+            else:
+                leaf.normal_(mean=float("norm" in name and name.endswith("weight")), std=0.1)
 
 
 def _train_t5(folder: pathlib.Path):

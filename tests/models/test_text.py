@@ -306,6 +306,16 @@ def test_models_in_each_others_place_are_refused(copy):
     assert said in message(text.load, cfg) and said in message(text.widths, cfg)
 
 
+def test_pickles_are_never_opened(copy):
+    folder, cfg = copy
+    for name in ("text_encoder_2/pytorch_model.bin", "text_encoder/pytorch_model.bin"):
+        (folder / name).write_bytes(b"\x80\x04.")  # beside safetensors it is not looked at
+    text.load(cfg)
+    (folder / "text_encoder_2/model.safetensors").unlink()
+    said = "text_encoder_2/pytorch_model.bin is a pickle, and never opened (T5EncoderModel.from_pretrained(...).save_"
+    assert said in message(text.load, cfg)
+
+
 def test_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="'bert' should be 'hash' or 'hf'"):
         TextConfig(kind="bert")

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import shutil
@@ -16,10 +17,13 @@ from hypothesis import strategies as st
 
 from flux_func import config, tree
 from flux_func.errors import UserError
+from flux_func.interop import orbax
+from flux_func.models import flux
 from flux_func.train import checkpoint
 from flux_func.train.state import size_in_bytes
 
 ROOT = Path(__file__).parents[2]
+CFG = flux.flavor("flux-tiny")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64)
 
 
@@ -64,7 +68,7 @@ def as_numpy(tensor):
 def written(workdir, *steps, state=None, **options):
     with checkpoint.Checkpoints(workdir, **options) as checkpoints:
         for step in steps:
-            checkpoints.save(step, state or make_state(step), {"step": step}, wait=True)
+            checkpoints.save(step, state or make_state(step), CFG, {"step": step}, wait=True)
 
 
 def python(code, *args):
@@ -93,7 +97,7 @@ members = st.fixed_dictionaries(
 def test_any_tree_comes_back_bit_for_bit(state, wait):
     with tempfile.TemporaryDirectory() as workdir:
         with checkpoint.Checkpoints(workdir) as checkpoints:
-            checkpoints.save(3, state, {}, wait=wait)
+            checkpoints.save(3, state, CFG, {}, wait=wait)
         assert identical(checkpoint.restore(workdir, 3, state), state)
         described = checkpoint.abstract(workdir, 3)
         assert tree.map(lambda leaf: (leaf.dtype, leaf.shape), described) == tree.map(
@@ -136,7 +140,7 @@ def test_state_may_be_changed_in_place_right_after_save(tmp_path):
     with checkpoint.Checkpoints(tmp_path, keep_last=0) as checkpoints:
         for step in range(1, 7):
             old[step] = clone(state)
-            checkpoints.save(step, state, {})
+            checkpoints.save(step, state, CFG, {})
             for leaf in tree.leaves(state):
                 leaf.mul_(-3).add_(step)
     assert checkpoint.steps(tmp_path) == list(old)
@@ -148,8 +152,8 @@ def test_parameters_that_require_gradients_and_views_are_saved(tmp_path):
     base = torch.arange(60.0)
     state = {"params": {"a": torch.randn(3, requires_grad=True), "b": base[1:31].view(5, 6).t()}, "opt": {"c": base[3]}}
     with checkpoint.Checkpoints(tmp_path, keep_last=0) as checkpoints:
-        checkpoints.save(1, state, {})
-        checkpoints.save(2, state, {}, wait=True)
+        checkpoints.save(1, state, CFG, {})
+        checkpoints.save(2, state, CFG, {}, wait=True)
     for step in (1, 2):
         assert identical(checkpoint.restore(tmp_path, step, state), tree.map(torch.Tensor.detach, state))
 
@@ -192,10 +196,10 @@ def test_leftovers_are_no_checkpoints_and_are_removed(tmp_path):
     written(tmp_path, 2, 4)
     folder = tmp_path / "checkpoints"
     shutil.copytree(folder / "4", folder / "6")
-    (folder / "6" / checkpoint.MARKER).unlink()
+    (folder / "6" / orbax.MARKER).unlink()
     shutil.copytree(folder / "6", folder / "8.orbax-checkpoint-tmp")
     (folder / "notes").mkdir()
-    (folder / "notes" / checkpoint.MARKER).touch()
+    (folder / "notes" / orbax.MARKER).touch()
     assert checkpoint.steps(tmp_path) == [2, 4]
     assert checkpoint.resume_point(tmp_path) == (4, {"step": 4})
     with pytest.raises(UserError, match="step is 6: .* it has those of steps 2, 4"):
@@ -210,11 +214,13 @@ def test_leftovers_are_no_checkpoints_and_are_removed(tmp_path):
 def test_kill_in_the_middle_of_a_save_leaves_whole_checkpoints(tmp_path):
     code = """
 import os, signal, sys, torch
+from flux_func.models.flux import FLAVORS
 from flux_func.train import checkpoint
+CFG = FLAVORS["flux-tiny"]
 state = lambda step: {"params": {"w": torch.full((8, 1 << 20), float(step))}, "opt": {"step": torch.tensor(step)}}
 checkpoints = checkpoint.Checkpoints(sys.argv[1])
-checkpoints.save(1, state(1), {}, wait=True)
-checkpoints.save(2, state(2), {})
+checkpoints.save(1, state(1), CFG, {}, wait=True)
+checkpoints.save(2, state(2), CFG, {})
 while len(os.listdir(sys.argv[1] + "/checkpoints")) == 1:
     pass
 os.kill(os.getpid(), signal.SIGKILL)
@@ -234,19 +240,21 @@ def test_a_write_that_fails_is_one_line_and_leaves_the_last_whole(tmp_path):
     code = """
 import resource, signal, sys, torch
 from flux_func.errors import UserError
+from flux_func.models.flux import FLAVORS
 from flux_func.train import checkpoint
+CFG = FLAVORS["flux-tiny"]
 state = lambda n: {"params": {"double_blocks": [{"w": torch.ones(256, 1024)} for _ in range(n)]}}
 checkpoints = checkpoint.Checkpoints(sys.argv[1], keep_last=1)
-checkpoints.save(1, state(1), {}, wait=True)
+checkpoints.save(1, state(1), CFG, {}, wait=True)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, 3 << 20))
 for wait in (True, False):
     try:
-        checkpoints.save(2, state(20), {}, wait=wait)
+        checkpoints.save(2, state(20), CFG, {}, wait=wait)
         checkpoints.wait()
     except UserError as error:
         print(error)
-checkpoints.save(3, state(1), {})
+checkpoints.save(3, state(1), CFG, {})
 checkpoints.close()
 """
     code, out, err = python(code, tmp_path)
@@ -271,14 +279,14 @@ def test_no_room_is_an_error_before_anything_is_written(tmp_path, monkeypatch):
     free = size_in_bytes(state) + checkpoint.MARGIN_BYTES - 1
     with checkpoint.Checkpoints(workdir) as checkpoints:
         with pytest.raises(UserError) as error:
-            checkpoints.save(1, state, {})
+            checkpoints.save(1, state, CFG, {})
         assert "\n" not in str(error.value)
         assert f"workdir is '{workdir}': checkpoints need 1 x 0.00 GB more, and its disk has 0.07 GB free" in str(
             error.value
         )
         assert not workdir.exists() and asked == [tmp_path]
         free += 1
-        checkpoints.save(1, state, {}, wait=True)
+        checkpoints.save(1, state, CFG, {}, wait=True)
     assert checkpoint.steps(workdir) == [1]
 
 
@@ -395,7 +403,9 @@ def test_a_leaf_that_this_run_lacks_is_named(tmp_path):
         checkpoint.restore(tmp_path, 1, tree.unflatten(flat))
 
 
-@pytest.mark.parametrize("damage", ["data", "params/_METADATA", "config/metadata", "_CHECKPOINT_METADATA"])
+@pytest.mark.parametrize(
+    "damage", ["data", "params/_METADATA", "config/metadata", "model/metadata", "_CHECKPOINT_METADATA"]
+)
 def test_a_damaged_checkpoint_is_an_error_that_names_the_remedy(tmp_path, damage):
     state = {"params": {"w": torch.randn(100, 100)}, "opt": {"step": torch.tensor(1)}}
     written(tmp_path, 1, state=state)
@@ -405,6 +415,7 @@ def test_a_damaged_checkpoint_is_an_error_that_names_the_remedy(tmp_path, damage
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError, match=f"step 1 cannot be read .*: remove {folder} to go on") as error:
         checkpoint.resume_point(tmp_path)
+        checkpoint.read_model(tmp_path, 1)
         checkpoint.restore(tmp_path, 1, state)
     assert "\n" not in str(error.value)
 
@@ -413,7 +424,7 @@ def test_the_configuration_is_kept(tmp_path):
     ours = config.default()
     ours.sample.prompts = ("a three", "a four")
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, make_state(), ours.to_dict())
+        checkpoints.save(1, make_state(), CFG, ours.to_dict())
     saved = checkpoint.read_config(tmp_path, 1)
     assert saved == json.loads(json.dumps(ours.to_dict()))
     assert checkpoint.resume_point(tmp_path) == (1, saved)
@@ -421,6 +432,14 @@ def test_the_configuration_is_kept(tmp_path):
     ours.optimizer.lr = 2e-4
     with pytest.raises(UserError, match="optimizer.lr is 0.0002"):
         config.check_resume(saved, ours)
+
+
+def test_the_model_is_kept(tmp_path):
+    cfg = dataclasses.replace(CFG, guidance_embed=True, qk_norm_eps=1e-5, mlp_ratio=2.5)
+    with checkpoint.Checkpoints(tmp_path, keep_last=0) as checkpoints:
+        checkpoints.save(1, make_state(), cfg, {})
+        checkpoints.save(2, checkpoint.weights(make_state()), CFG, {}, wait=True)
+    assert [checkpoint.read_model(tmp_path, step) for step in (1, 2)] == [cfg, CFG]
 
 
 def test_importing_it_imports_neither_jax_nor_orbax():

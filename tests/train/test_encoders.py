@@ -106,11 +106,11 @@ def test_what_has_weights_computes_in_the_type_asked_for(folder):
         ({"text.kind": "hf", "text.path": "{tmp}"}, "text.path is '{tmp}': "),
         (
             {"text.kind": "hf", "text.path": "{tmp}/narrow", "text.random_init": True},
-            "text.path is '{tmp}/narrow': T5 and CLIP are (32, 24) wide, flux-tiny takes 4096 and 768",
+            "text.path is '{tmp}/narrow': its T5 is 32 wide, and the model takes 4096",
         ),
         (
             {"autoencoder.kind": "kl", "autoencoder.path": "{tmp}/ae.safetensors"},
-            "autoencoder.path is '{tmp}/ae.safetensors': cannot be read",
+            "autoencoder.path is '{tmp}/ae.safetensors': there is no such file or folder",
         ),
         (
             {"autoencoder.kind": "kl", "autoencoder.path": "{tmp}/other.safetensors"},

@@ -50,7 +50,7 @@ def batches(setup, count, start=0):
 
 def take(setup, count=1, watch=lambda current: None):
     """Takes steps from the start; returns the state and what each step gave."""
-    current, outs = state.create(setup.config, setup.optimizer, CPU), []
+    current, outs = state.create(setup.config, setup.cfg, setup.optimizer, CPU), []
     for i, batch in enumerate(batches(setup, count)):
         given = {"cfg": setup.cfg, "config": setup.config, "encoders": setup.encoders, "optimizer": setup.optimizer}
         current, out = step.train_step(current, batch, i, **given, device=CPU)
@@ -104,7 +104,7 @@ def expected_batch(setup, batch):
 )
 def test_a_step_is_gradient_descent_on_path_loss_of_the_pipelines_batch(fields):
     setup = make({**SGD, "optimizer.clip_norm": 0.5, **fields})
-    before = double(state.create(setup.config, setup.optimizer, CPU)["params"])
+    before = double(state.create(setup.config, setup.cfg, setup.optimizer, CPU)["params"])
     current, [out] = take(setup)
     inputs = expected_batch(setup, batches(setup, 1)[0])
     grads, loss = torch.func.grad_and_value(path.loss)(before, setup.cfg, inputs)
@@ -138,7 +138,7 @@ def test_accumulation_changes_nothing_but_rounding(kind, accumulate):
     (one, ones), (many, manys) = take(whole, 3), take(parts, 3)
     for a, b in zip(ones, manys, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    first = state.create(whole.config, whole.optimizer, CPU)["params"]
+    first = state.create(whole.config, whole.cfg, whole.optimizer, CPU)["params"]
     for start, a, b in zip(*map(tree.leaves, (first, one["params"], many["params"])), strict=True):
         # adamw divides rounding by itself where a gradient is next to nothing.
         assert (a - b).norm() <= (1e-2 if kind == "adamw" else 1e-4) * (a - start).norm() + 1e-7 * a.norm()
@@ -165,7 +165,7 @@ def test_guidance_is_told_where_the_model_has_the_embedding_and_only_there():
 
 def test_the_average_is_its_closed_form():
     setup = make({"ema.decay": 0.3, "optimizer.lr": 1e-2})
-    seen = [double(state.create(setup.config, setup.optimizer, CPU)["params"])]
+    seen = [double(state.create(setup.config, setup.cfg, setup.optimizer, CPU)["params"])]
     current, _ = take(setup, 5, lambda current: seen.append(double(current["params"])))
     decays = [min(0.3, (1 + i) / (10 + i)) for i in range(5)]
     assert decays[0] == 0.1 and decays[-1] == 0.3
@@ -229,7 +229,7 @@ def test_the_loss_does_not_scale_with_batch_or_resolution():
 
 def test_the_state_is_donated():
     setup = make({})
-    current = state.create(setup.config, setup.optimizer, CPU)
+    current = state.create(setup.config, setup.cfg, setup.optimizer, CPU)
     before = [leaf.data_ptr() for leaf in tree.leaves(current)]
     given = {"cfg": setup.cfg, "config": setup.config, "encoders": setup.encoders, "optimizer": setup.optimizer}
     after, _ = step.train_step(current, batches(setup, 1)[0], 0, **given, device=CPU)

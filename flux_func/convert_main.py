@@ -1,0 +1,76 @@
+"""Converts FLUX's weights from any format to any other, a tensor at a time.
+
+    convert_main --from=flux1-dev.safetensors --to=transformer --format=diffusers
+    convert_main --from=WORKDIR --ema --to=flux1-mine.safetensors --format=bfl --dtype=bfloat16
+    convert_main --from=hf://black-forest-labs/FLUX.1-dev --to=FLUX.1-dev --format=diffusers
+
+What --from holds is told from its content. A pipeline becomes a whole pipeline again. docs/weights.md has the formats.
+"""
+
+import sys
+
+from absl import flags
+from tqdm import tqdm
+
+from flux_func import cli
+from flux_func.interop import conversion, target, weights
+from flux_func.train.state import DTYPES
+
+
+def run() -> None:
+    """The console script."""
+    _define_flags()
+    cli.run(main)
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string(
+        "from",
+        None,
+        "A safetensors file; a folder of diffusers (a model or a whole pipeline), of torchtitan's checkpoints or of a "
+        "run of train_main; or hf://owner/repo[@revision][/path].",
+        required=True,
+    )
+    flags.DEFINE_string("to", None, "File (.safetensors) or folder to write.", required=True)
+    flags.DEFINE_enum("format", None, weights.FORMATS, "What to write.", required=True)
+    flags.DEFINE_enum("dtype", None, list(DTYPES), "Type of the weights; left out: as they are.")
+    flags.DEFINE_enum("part", None, conversion.PARTS, "Which part; left out: all that --to can hold.")
+    flags.DEFINE_integer("step", None, "Of a run: which checkpoint; left out: the newest.")
+    flags.DEFINE_bool("ema", False, "Of a run: the averaged weights.")
+    flags.DEFINE_bool("overwrite", False, "Replace what is at --to, if it is weights.")
+    for name in ("from", "to"):
+        flags.register_validator(name, lambda value: value != "", message="should name a file or folder")
+
+
+def main(argv: list[str]) -> None:
+    """Converts as the flags say."""
+    del argv
+    given = flags.FLAGS
+    source, to = given["from"].value, given["to"].value
+    dtype = DTYPES[given["dtype"].value] if given["dtype"].value else None
+    target.check(to, 0, given.overwrite)  # before anything is downloaded
+    plan = conversion.plan(source, to, given.format, dtype, given.part, given.step, given.ema)
+    conversion.check(plan, given.overwrite)
+    say(plan)
+    try:
+        with tqdm(total=plan.size(), desc="converting", unit="B", unit_scale=True, delay=0.5) as bar:
+            conversion.run(plan, given.overwrite, bar.update)
+    except KeyboardInterrupt:
+        print(f"interrupted: {to} is as it was", file=sys.stderr)
+        raise
+    print(f"{to}: written in format {plan.format}, {tqdm.format_sizeof(plan.size())}B")
+
+
+def say(plan: conversion.Plan) -> None:
+    """Says what was found, and what becomes of it beside the weights."""
+    for stored in plan.stored.values():
+        print(conversion.describe(stored))
+    if plan.copies:
+        print(f"copied as they are: {', '.join(plan.copies)}")
+    if plan.left_out:
+        print(f"left out: {', '.join(plan.left_out)}")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,226 @@
+"""Converting as a plan, made and checked before anything is written: which weights go where, and what is copied."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from flux_func.errors import UserError
+from flux_func.interop import formats, hub, orbax, pipelines, recognize, target, weights
+from flux_func.interop.stored import Stored, part_of
+from flux_func.models.flux import FLAVORS
+
+PARTS = ("transformer", "autoencoder")
+FOLDERS = {"transformer": "transformer", "autoencoder": "vae"}
+# Black Forest Labs' names of FLUX's variants, by (input channels, guidance embedding). Canny's and Depth's shapes are
+# one, so that a file of theirs without a name of its own gets one for both.
+_VARIANTS = {(64, True): "dev", (64, False): "schnell", (384, True): "fill-dev", (128, True): "control-dev"}
+# Read and written at a time where a file is copied.
+_CHUNK = 16 << 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be written.
+
+    Attributes:
+      to: the file or folder to be.
+      format: of its weights, see `weights.FORMATS`.
+      dtype: of its weights; None: as they are stored.
+      stored: {place in `to`, "" for itself: weights}.
+      copies: {place in `to`: file or folder to be copied as it is}.
+      left_out: what the source has that is not written.
+    """
+
+    to: Path
+    format: str
+    dtype: torch.dtype | None
+    stored: Mapping[str, Stored]
+    copies: Mapping[str, Path]
+    left_out: tuple[str, ...]
+
+    def size(self) -> int:
+        """Returns the bytes that `run` writes, but for headers and configurations."""
+        converted = sum(weights.bytes_needed(stored, self.dtype) for stored in self.stored.values())
+        return converted + sum(path.stat().st_size for path in self.files().values())
+
+    def files(self) -> dict[str, Path]:
+        """Returns {place in `to`: file} of the copies, those in folders one by one."""
+        found = {}
+        for place, path in self.copies.items():
+            below = [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
+            found |= {os.path.normpath(f"{place}/{file.relative_to(path)}"): file for file in below}
+        return found
+
+
+def plan(
+    source: str,
+    to: str,
+    format: str,
+    dtype: torch.dtype | None = None,
+    part: str | None = None,
+    step: int | None = None,
+    ema: bool = False,
+) -> Plan:
+    """Finds the weights; from the hub, they are downloaded.
+
+    Args:
+      source: a path (see `recognize.find`), or an address on the hub (see `hub.fetch`).
+      to: the file or folder to be.
+      format: one of `weights.FORMATS`. A pipeline becomes a whole one again in "diffusers"; in "bfl" and a folder, its
+        transformer and autoencoder are two files.
+      dtype: of the weights; None: as they are stored.
+      part: "transformer" or "autoencoder"; None: what `to` can hold.
+      step, ema: of a run's folder: which checkpoint (None: the newest), and the averaged weights.
+
+    Raises:
+      UserError: there are no such weights.
+    """
+    target_path = Path(to)
+    if step is not None or ema:
+        stored = {"": orbax.open_checkpoint(source, step, ema)}
+        _check_part(source, stored[""], part)
+        return _of_weights(stored, target_path, format, dtype, ())
+    folder = target_path.suffix != ".safetensors" and format in ("bfl", "diffusers")
+    wanted = (part,) if part else PARTS if folder else PARTS[:1]
+    whole = folder and part is None and format == "diffusers"
+    if hub.is_address(source):
+        places, left_out = hub.fetch(source, wanted, whole), ()
+    else:
+        places, left_out = _places(Path(source), wanted, whole)
+    if "pipeline" in places:
+        return _of_pipeline(places["pipeline"], target_path, dtype)
+    stored = {place: recognize.find(path, place or part) for place, path in places.items()}
+    for place, found in stored.items():
+        _check_part(source, found, place or part)
+    return _of_weights(stored, target_path, format, dtype, left_out)
+
+
+def check(plan: Plan, overwrite: bool = False) -> None:
+    """Raises UserError where a plan cannot be carried out; nothing is touched."""
+    _check_apart(plan)
+    target.check(plan.to, plan.size(), overwrite)
+
+
+def run(plan: Plan, overwrite: bool = False, progress: Callable[[int], object] = lambda count: None) -> None:
+    """Writes what is planned, beside its place and renamed at the end.
+
+    Args:
+      plan: see `plan`.
+      overwrite: whether to replace what is there.
+      progress: called with the bytes written, `plan.size()` in all.
+
+    Raises:
+      UserError: it cannot be written; what was there is as it was.
+    """
+    check(plan, overwrite)
+    if set(plan.stored) == {""}:
+        weights.write(plan.stored[""], plan.to, plan.format, plan.dtype, overwrite, progress)
+        return
+    with target.beside(plan.to, overwrite) as folder:
+        folder.mkdir()
+        for place, stored in plan.stored.items():
+            weights.write(stored, folder / place, plan.format, plan.dtype, progress=progress)
+        for place, file in plan.files().items():
+            _copy(file, folder / place, progress)
+
+
+def _places(source: Path, wanted: tuple[str, ...], whole: bool) -> tuple[dict[str, Path], tuple[str, ...]]:
+    """Returns ({part: where to look for it}, what else is there), as `hub.fetch` does for a repository."""
+    index = source / pipelines.INDEX
+    if index.is_file() and whole:
+        return {"pipeline": source}, ()
+    autoencoder = (source / "vae").is_dir() or (source / "ae.safetensors").is_file()
+    transformer = (source / "transformer").is_dir() or any(
+        file.name != "ae.safetensors" for file in source.glob("*.safetensors")
+    )
+    if not (autoencoder and transformer):
+        return {"": source}, ()
+    others = [name for name in _components(index) if name not in FOLDERS.values()] if index.is_file() else []
+    return {part: source for part in wanted}, (*(part for part in PARTS if part not in wanted), *others)
+
+
+def _components(index: Path) -> list[str]:
+    """Returns the folders that a model_index.json names."""
+    entries = pipelines.read_json(index).items()
+    return [name for name, entry in entries if isinstance(entry, list) and len(entry) == 2 and all(entry)]
+
+
+def _of_pipeline(root: Path, to: Path, dtype: torch.dtype | None) -> Plan:
+    names = _components(root / pipelines.INDEX)
+    stored = {FOLDERS[part]: recognize.find(root, part) for part in PARTS if FOLDERS[part] in names}
+    if "transformer" not in stored:
+        recognize.find(root, "transformer")  # says what it is instead
+    for name in names:
+        if not (root / name).is_dir():
+            raise UserError(f"{root / pipelines.INDEX}: names {name}, a folder that is not there; get it too")
+    copied = [pipelines.INDEX, *(name for name in names if name not in stored)]
+    others = sorted(path.name for path in root.iterdir() if path.name not in (*stored, *copied))
+    left_out = [line for each in stored.values() for line in each.left_out]
+    return Plan(to, "diffusers", dtype, stored, {name: root / name for name in copied}, (*left_out, *others))
+
+
+def _of_weights(
+    stored: Mapping[str, Stored], to: Path, format: str, dtype: torch.dtype | None, left_out: tuple[str, ...]
+) -> Plan:
+    """Returns the plan for one part, or for several by their names, without more of a pipeline."""
+    left_out = (*left_out, *(line for each in stored.values() for line in each.left_out))
+    if format == "bfl" and to.suffix != ".safetensors":
+        placed = {file_name(each): each for each in stored.values()}
+    elif len(stored) == 1:
+        placed = {"": next(iter(stored.values()))}
+    else:
+        placed = {FOLDERS[part]: each for part, each in stored.items()}
+    return Plan(to, format, dtype, placed, {}, left_out)
+
+
+def file_name(stored: Stored) -> str:
+    """Returns what Black Forest Labs call a file of these weights."""
+    cfg, name = stored.cfg, Path(stored.path).name
+    if part_of(cfg) == "autoencoder":
+        return "ae.safetensors"
+    if name.startswith("flux1") and name.endswith(".safetensors"):
+        return name
+    sizes = (cfg.hidden_size, cfg.depth, cfg.depth_single_blocks)
+    flavors = [name for name, of in FLAVORS.items() if sizes == (of.hidden_size, of.depth, of.depth_single_blocks)]
+    flavor = flavors[0].removeprefix("flux-") if flavors else "custom"
+    variant = _VARIANTS.get((cfg.in_channels, cfg.guidance_embed), "custom") if flavor == "dev" else flavor
+    return f"flux1-{variant}.safetensors"
+
+
+def _check_part(source: str, stored: Stored, part: str | None) -> None:
+    there = part_of(stored.cfg)
+    if part not in (None, there):
+        raise UserError(f"{source}: holds the {there}; its {part} is elsewhere")
+
+
+def _check_apart(plan: Plan) -> None:
+    """Raises UserError where writing would replace what is read, or write into what is copied."""
+    to = plan.to.resolve()
+    for path in [Path(stored.path).resolve() for stored in plan.stored.values()]:
+        if to == path or to in path.parents:
+            raise UserError(f"{plan.to}: holds what is read ({path}); choose another path")
+    for path in [path.resolve() for path in plan.copies.values()]:
+        if path == to or path in to.parents or to in path.parents:
+            raise UserError(f"{plan.to}: is part of what is copied ({path}); choose another path")
+
+
+def _copy(source: Path, to: Path, progress: Callable[[int], object]) -> None:
+    to.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with source.open("rb") as read, to.open("xb") as written:
+            while chunk := read.read(_CHUNK):
+                written.write(chunk)
+                progress(len(chunk))
+    except PermissionError as error:
+        raise UserError(f"{source}: cannot be copied ({error.strerror})") from error
+
+
+def describe(stored: Stored) -> str:
+    """Returns one line of what weights are."""
+    shapes = formats.layout(stored.cfg, "bfl").ours
+    count = sum(torch.Size(shape).numel() for shape in shapes.values())
+    kinds = " and ".join(sorted({str(dtype).removeprefix("torch.") for dtype in stored.dtypes.values()}))
+    return f"{stored.path}: {part_of(stored.cfg)}, {count:,} parameters, {kinds}, in format {stored.format}"

@@ -1,0 +1,135 @@
+"""What sample_main draws from: a run's checkpoint, or a whole pipeline of diffusers'."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import torch
+
+from flux_func import config as configs
+from flux_func.errors import UserError
+from flux_func.interop import pipelines
+from flux_func.models import flux
+from flux_func.models.layers import Params
+from flux_func.train import checkpoint, encoders, state
+
+# How FLUX.1's two distilled models are sampled, by whether they have a guidance embedding: dev and schnell.
+_USUAL = {
+    True: {"sample.steps": 50, "sample.guidance": 3.5, "text.max_length": 512},
+    False: {"sample.steps": 4, "text.max_length": 256},
+}
+_PIXELS = 1024
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A model to draw from, checked, its weights not yet read.
+
+    Attributes:
+      name: what messages call the model.
+      config: a run's, or what stands for one: encoders, numerics.compute, sizes and the settings of config.sample.
+      cfg: the model.
+      encoders: (config, device) to the encoders; see `encoders.build`.
+      load: (type, device) to the parameters.
+      about: what tells the weights from others, for the pictures' metadata.
+    """
+
+    name: str
+    config: ml_collections.ConfigDict
+    cfg: flux.FluxConfig
+    encoders: Callable[[ml_collections.ConfigDict, torch.device], encoders.Encoders]
+    load: Callable[[torch.dtype, torch.device], Params]
+    about: dict[str, Any]
+
+
+def of_run(workdir: str, step: int | None = None, ema: bool = False) -> Origin:
+    """Returns a run's checkpoint, or its averaged weights; UserError where there is none."""
+    config = read_config(workdir)
+    step, member = choose_step(workdir, step), "ema" if ema else "params"
+    if member not in checkpoint.abstract(workdir, step):
+        raise UserError(f"--ema is True: the checkpoint of step {step} holds no average (ema.decay); leave --ema out")
+    cfg = checkpoint.read_model(workdir, step)
+
+    def build(config: ml_collections.ConfigDict, device: torch.device) -> encoders.Encoders:
+        return encoders.build(config, cfg, device)
+
+    def load(dtype: torch.dtype, device: torch.device) -> Params:
+        return checkpoint.restore(workdir, step, {member: flux.abstract(cfg, dtype)}, device, cast=True)[member]
+
+    about = {"flavor": config.model.flavor, "step": step, "ema": ema}
+    return Origin("the model of this run", config, cfg, build, load, about)
+
+
+def of_pipeline(folder: str) -> Origin:
+    """Returns the pipeline in a folder, set as its makers sample it, in float32 where its weights are in that type.
+
+    Raises:
+      UserError: naming --weights: no FLUX.1 pipeline, or one that needs more than text.
+    """
+    with _naming_weights(folder):
+        pipeline = pipelines.open_pipeline(folder)
+    weights = state.find_weights(folder, "transformer", "--weights")
+    state.check_text_to_image(weights, "--weights", folder)
+    config = configs.default()
+    config.update_from_flattened_dict(
+        {
+            "autoencoder.kind": "kl",
+            "autoencoder.path": folder,
+            "text.kind": "hf",
+            "text.path": folder,
+            "data.image_size": _PIXELS,
+            "numerics.compute": "float32" if set(weights.dtypes.values()) == {torch.float32} else "bfloat16",
+            "sample.shift": pipeline.shift,
+            **_USUAL[weights.cfg.guidance_embed],
+        }
+    )
+
+    def build(config: ml_collections.ConfigDict, device: torch.device) -> encoders.Encoders:
+        with _naming_weights(folder):
+            return encoders.build(config, weights.cfg, device)
+
+    def load(dtype: torch.dtype, device: torch.device) -> Params:
+        return state.read_weights(weights, dtype, device)
+
+    return Origin("the model of this pipeline", config, weights.cfg, build, load, {"weights": folder})
+
+
+@contextlib.contextmanager
+def _naming_weights(folder: str) -> Iterator[None]:
+    # What is wrong with a pipeline's part is said of the flag, and not of the field that stands for it.
+    try:
+        yield
+    except UserError as error:
+        said = str(error).removeprefix(f"{folder}: ")
+        raise UserError(f"--weights is {folder!r}: {said.partition(f'.path is {folder!r}: ')[2] or said}") from error
+
+
+def read_config(workdir: str) -> ml_collections.ConfigDict:
+    """Returns the configuration that a run left in its workdir; UserError where there is none, or it is not ours."""
+    path = Path(workdir) / "config.json"
+    config = configs.default()
+    try:
+        saved = json.loads(path.read_text())
+        configs.check_known([*saved, *dict(configs.flat(saved))])
+        config.update(saved)
+    except OSError as error:
+        remedy = "should be the --workdir of a train_main run"
+        raise UserError(f"--workdir is {workdir!r}: {path} cannot be read ({error.strerror}); {remedy}") from error
+    except (UserError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"--workdir is {workdir!r}: {path} is not a config of this version ({error})") from error
+    configs.validate(config)
+    return config
+
+
+def choose_step(workdir: str, step: int | None) -> int:
+    """Returns the step asked for, or the newest; UserError names the steps there are."""
+    steps = checkpoint.steps(workdir)
+    if not steps:
+        raise UserError(f"--workdir is {workdir!r}: there is no checkpoint in it yet; train_main writes them")
+    if step is not None and step not in steps:
+        raise UserError(f"--step is {step}: should be one of {', '.join(map(str, steps))}, which {workdir} holds")
+    return steps[-1] if step is None else step
