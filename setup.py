@@ -68,6 +68,7 @@ setuptools.setup(
     extras_require=EXTRAS,
     entry_points={
         "console_scripts": [
+            "convert_main=flux_func.convert_main:run",
             "train_main=flux_func.train_main:run",
             "sample_main=flux_func.sample_main:run",
             "parity_main=flux_func.parity_main:run",

@@ -16,11 +16,17 @@ from flux_func.errors import UserError
 
 
 def define_config(required: bool = True) -> flags.FlagHolder:
-    """Defines --config, a Python file with `get_config()`, and --config.FIELD for each of its fields."""
+    """Defines --config, a Python file with `get_config()`, and --config.FIELD for each of its fields.
+
+    Where it is not required, it is flux_func/config.py if left out: every field as it is by default.
+    """
     help_line = "Config file, such as configs/flux_debug.py; any field by --config.train.steps=20."
     holder = config_flags.DEFINE_config_file("config", None, help_line, lock_config=True)
     if required:
         flags.mark_flag_as_required("config")
+    elif not any(re.match(r"--?config(=|$)", arg) for arg in sys.argv[1:]):
+        # A default would be read here and now, with --config.FIELD, out of reach of `run`'s one-line errors.
+        sys.argv.insert(1, f"--config={configs.__file__}")
     return holder
 
 

@@ -116,6 +116,9 @@ def default() -> ml_collections.ConfigDict:
     return config.lock()
 
 
+get_config = default  # this file is a config file too, which programs take where --config may be left out
+
+
 CHOICES = {
     "model.init": ("pretrain", "nonzero"),
     "autoencoder.kind": ("dct", "kl"),

@@ -7,6 +7,7 @@
 What --from holds is told from its content. A pipeline becomes a whole pipeline again. docs/weights.md has the formats.
 """
 
+import os
 import sys
 
 from absl import flags
@@ -46,7 +47,8 @@ def main(argv: list[str]) -> None:
     """Converts as the flags say."""
     del argv
     given = flags.FLAGS
-    source, to = given["from"].value, given["to"].value
+    # After a flag's "=", a shell leaves ~ as it is.
+    source, to = (os.path.expanduser(given[name].value) for name in ("from", "to"))
     dtype = DTYPES[given["dtype"].value] if given["dtype"].value else None
     target.check(to, 0, given.overwrite)  # before anything is downloaded
     plan = conversion.plan(source, to, given.format, dtype, given.part, given.step, given.ema)

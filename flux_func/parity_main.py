@@ -33,7 +33,6 @@ from flux_func.interop import diffusers, pipelines, recognize, target, torchtita
 from flux_func.models import flux, text
 from flux_func.models.autoencoder import AutoencoderConfig
 from flux_func.models.flux import FluxConfig
-from flux_func.models.layers import Params
 from flux_func.models.text import TextConfig
 from flux_func.parity import compare, exchange, problem, process, report
 from flux_func.parity.problem import Problem
@@ -56,9 +55,9 @@ def _define_flags() -> None:
     flags.DEFINE_string("prompt", None, "What the sampler draws, where --weights is a whole pipeline; left out: noise.")
     flags.DEFINE_integer("seed", 0, "Of the inputs, and of weights that are drawn.")
     flags.DEFINE_integer("batch_size", 2, "Samples in forward and gradients.")
-    flags.DEFINE_integer("height", 192, "Pixels, a multiple of 16.")
-    flags.DEFINE_integer("width", 256, "Pixels, a multiple of 16.")
-    flags.DEFINE_integer("text_tokens", 128, "Length of the T5 sequence.")
+    flags.DEFINE_integer("height", 128, "Pixels, a multiple of 16.")
+    flags.DEFINE_integer("width", 192, "Pixels, a multiple of 16.")
+    flags.DEFINE_integer("text_tokens", 64, "Length of the T5 sequence.")
     flags.DEFINE_integer("steps", 4, "Euler steps of the sampler.")
     flags.DEFINE_float("guidance", None, "What the sampler is guided with, where the model has it; left out: 3.5.")
     flags.DEFINE_bool(
@@ -78,15 +77,12 @@ def main(argv: list[str]) -> int:
 def parity(given: Any) -> int:
     """Compares as `given`, whose attributes are the flags, says; returns the exit code."""
     start = time.perf_counter()
-    config = given.config or configs.default()
-    configs.validate(config)
+    configs.validate(given.config)
     check(given)
     out = choose_out(given.out, given.reference)
     process.check(given.reference, given.reference_python)
-    say = _say(start)
-    say("weights")
-    asked = prepare(given, config)
-    ours = asked.params if given.corrupt is None else damage(asked.params, given.corrupt)
+    asked = prepare(given, given.config, _say(start))
+    ours = asked.params if given.corrupt is None else compare.damaged(asked.params, given.corrupt)
     with tempfile.TemporaryDirectory(prefix="parity_") as folder:
         exchange.ask(asked, Path(folder))
         process.answer(given.reference, given.reference_python, Path(folder), _say(start, f"{given.reference}: "))
@@ -118,6 +114,8 @@ def check(given: Any) -> None:
     for flag in ("batch_size", "text_tokens", "steps"):
         if getattr(given, flag) < 1:
             raise UserError(f"--{flag} is {getattr(given, flag)}: should be at least 1")
+    if given.parts == []:
+        raise UserError(f"--parts is '': should be some of {', '.join(problem.PARTS)}")
     for part in given.parts or ():
         if part not in problem.PARTS:
             raise UserError(f"--parts is {','.join(given.parts)!r}: {configs.one_of(part, problem.PARTS)}")
@@ -133,19 +131,11 @@ def choose_out(out: str | None, reference: str) -> Path:
     return path
 
 
-def damage(params: Params, leaf: str) -> Params:
-    """Returns parameters with a row of one leaf damaged; UserError names the nearest where there is none such."""
-    paths = tree.flatten(params)
-    if leaf not in paths:
-        raise UserError(f"--corrupt is {leaf!r}: {configs.nearest(leaf, paths)}should be the path of a weight")
-    return compare.damaged(params, leaf)
-
-
 # The problem.
 
 
-def prepare(given: Any, config: ml_collections.ConfigDict) -> Problem:
-    """Returns the problem that the flags and a config pose; UserError where they cannot be honoured."""
+def prepare(given: Any, config: ml_collections.ConfigDict, say: Callable[[str], object]) -> Problem:
+    """Returns the problem that the flags and a config pose; UserError, before `say`, where they cannot be honoured."""
     device, weights = str(cli.choose_device(given.device)), given.weights or config.model.weights
     stored = recognize.find(weights, "transformer") if weights else None
     cfg = choose_model(given.reference, config, stored.cfg if stored else None)
@@ -157,6 +147,12 @@ def prepare(given: Any, config: ml_collections.ConfigDict) -> Problem:
         raise UserError(
             f"--prompt is {given.prompt!r}: is read only where --weights is a whole pipeline and sampled from"
         )
+    leaves = tree.flatten(flux.abstract(cfg))
+    if given.corrupt not in (None, *leaves):
+        raise UserError(
+            f"--corrupt is {given.corrupt!r}: {configs.nearest(given.corrupt, leaves)}should be a weight's path"
+        )
+    say("weights")
     if stored:
         params = stored.params(torch.float32, device)
     else:
@@ -193,7 +189,9 @@ def choose_model(reference: str, config: ml_collections.ConfigDict, stored: Flux
     if embed not in (None, cfg.guidance_embed):
         raise UserError(f"model.guidance_embed is {embed}: the weights say {cfg.guidance_embed}; leave it out")
     if reference == "torchtitan" and cfg.guidance_embed:
-        raise UserError("--reference is 'torchtitan': it has no guidance embedding, and this model has one; use bfl")
+        raise UserError(
+            "--reference is 'torchtitan': it has no guidance embedding, and this model has one; compare with bfl"
+        )
     fixed = diffusers.FIXED if reference == "diffusers" else {}
     for name in ("mlp_ratio", "qkv_bias", "theta"):
         value = getattr(cfg, name)
@@ -241,7 +239,10 @@ def choose_autoencoder(pipeline: str | None, seed: int, device: str) -> dict[str
 def encode(pipeline: str, prompt: str, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns txt [1, length, context] and y [1, vec] of a prompt, by the pipeline's own encoders."""
     cfg = TextConfig(kind="hf", path=pipeline, max_length=length)
-    return text.encode(text.load(cfg), cfg, text.tokenizer(cfg)([prompt]))
+    try:
+        return text.encode(text.load(cfg), cfg, text.tokenizer(cfg)([prompt]))
+    except ValueError as error:
+        raise UserError(f"--weights is {pipeline!r}: {error}") from error
 
 
 # The report.

@@ -82,7 +82,7 @@ def _define_flags() -> None:
         "dtype",
         None,
         ["float32", "bfloat16"],
-        "What to compute in; left out: the run's numerics.compute, or float32 if the pipeline's weights are in it.",
+        "What to compute in; left out: the run's numerics.compute, or float32 for a pipeline that is, else bfloat16.",
     )
     flags.DEFINE_integer("batch_size", 8, "Images sampled at once.")
     flags.DEFINE_string(
@@ -119,8 +119,9 @@ def choose_origin(given: Any) -> Origin:
     if given.workdir:
         return origin.of_run(given.workdir, given.step, given.ema)
     for flag in OF_RUNS:
-        if getattr(given, flag):
-            raise UserError(f"--{flag} is {getattr(given, flag)}: is read only with --workdir; leave it out")
+        value = getattr(given, flag)
+        if value is not None and value is not False:
+            raise UserError(f"--{flag} is {value}: is read only with --workdir; leave it out")
     return origin.of_pipeline(given.weights)
 
 

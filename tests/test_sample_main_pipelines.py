@@ -124,7 +124,7 @@ def test_anything_done_differently_shows_in_the_pixels(pipelines, tmp_path):
     assert differs("seed", seed=4) > 20
     for part, file, field, value in (
         ("scheduler", "scheduler_config.json", {"use_dynamic_shifting": False, "shift": 1.0}, "schedule"),
-        ("vae", "config.json", {"scaling_factor": 0.3611, "shift_factor": 0.1159}, "autoencoder"),
+        ("vae", "config.json", {"scaling_factor": 0.2, "shift_factor": 0.0}, "autoencoder"),
     ):
         folder = shutil.copytree(pipelines["dev"], tmp_path / f"other {value}")
         change(folder / part / file, field)
@@ -223,7 +223,7 @@ def test_the_program(pipelines, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ({"step": 3}, "--step is 3: is read only with --workdir; leave it out"),
+        ({"step": 0}, "--step is 0: is read only with --workdir; leave it out"),
         ({"ema": True}, "--ema is True: is read only with --workdir; leave it out"),
         (
             {"guidance": 3.0},
@@ -249,8 +249,8 @@ def remove(path):
 
 
 SPOILT = {
-    "transformer/diffusion_pytorch_model.safetensors": "transformer: holds no weights",
-    "vae/diffusion_pytorch_model.safetensors": "vae: holds no weights",
+    "transformer/diffusion_pytorch_model.safetensors": "transformer",
+    "vae/diffusion_pytorch_model.safetensors": "vae",
     "text_encoder_2/model.safetensors": "text_encoder_2 cannot be read",
     "tokenizer/tokenizer_config.json": "tokenizer/tokenizer_config.json is missing; it should be a folder with",
     "text_encoder": "model_index.json: names text_encoder, a folder that is not there; the whole pipeline is needed",

@@ -47,11 +47,14 @@ class Plan:
         return converted + sum(path.stat().st_size for path in self.files().values())
 
     def files(self) -> dict[str, Path]:
-        """Returns {place in `to`: file} of the copies, those in folders one by one."""
+        """Returns {place in `to`: file} of the copies, those in folders one by one; UserError for a broken link."""
         found = {}
         for place, path in self.copies.items():
-            below = [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
+            below = [file for file in sorted(path.rglob("*")) if not file.is_dir()] if path.is_dir() else [path]
             found |= {os.path.normpath(f"{place}/{file.relative_to(path)}"): file for file in below}
+        for file in found.values():
+            if not file.exists():
+                raise UserError(f"{file}: is a broken link; get what it leads to")
         return found
 
 
@@ -78,10 +81,12 @@ def plan(
     Raises:
       UserError: there are no such weights.
     """
-    target_path = Path(to)
+    target_path = Path(to) if Path(to).name not in ("", "..") else Path(to).resolve()
     if step is not None or ema:
         stored = {"": orbax.open_checkpoint(source, step, ema)}
-        _check_part(source, stored[""], part)
+        there = part_of(stored[""].cfg)
+        if part not in (None, there):
+            raise UserError(f"{source}: is a checkpoint of the {there}; the {part} is wanted, give its path")
         return _of_weights(stored, target_path, format, dtype, ())
     folder = target_path.suffix != ".safetensors" and format in ("bfl", "diffusers")
     wanted = (part,) if part else PARTS if folder else PARTS[:1]
@@ -93,14 +98,14 @@ def plan(
     if "pipeline" in places:
         return _of_pipeline(places["pipeline"], target_path, dtype)
     stored = {place: recognize.find(path, place or part) for place, path in places.items()}
-    for place, found in stored.items():
-        _check_part(source, found, place or part)
     return _of_weights(stored, target_path, format, dtype, left_out)
 
 
 def check(plan: Plan, overwrite: bool = False) -> None:
     """Raises UserError where a plan cannot be carried out; nothing is touched."""
     _check_apart(plan)
+    for place, stored in plan.stored.items():
+        weights.check(plan.to / place, stored.cfg, plan.format)
     target.check(plan.to, plan.size(), overwrite)
 
 
@@ -108,14 +113,13 @@ def run(plan: Plan, overwrite: bool = False, progress: Callable[[int], object] =
     """Writes what is planned, beside its place and renamed at the end.
 
     Args:
-      plan: see `plan`.
+      plan: one that `check` lets pass.
       overwrite: whether to replace what is there.
       progress: called with the bytes written, `plan.size()` in all.
 
     Raises:
       UserError: it cannot be written; what was there is as it was.
     """
-    check(plan, overwrite)
     if set(plan.stored) == {""}:
         weights.write(plan.stored[""], plan.to, plan.format, plan.dtype, overwrite, progress)
         return
@@ -143,19 +147,25 @@ def _places(source: Path, wanted: tuple[str, ...], whole: bool) -> tuple[dict[st
 
 
 def _components(index: Path) -> list[str]:
-    """Returns the folders that a model_index.json names."""
+    """Returns the folders that a model_index.json names; UserError for one outside of it."""
     entries = pipelines.read_json(index).items()
-    return [name for name, entry in entries if isinstance(entry, list) and len(entry) == 2 and all(entry)]
+    names = [name for name, entry in entries if isinstance(entry, list) and len(entry) == 2 and all(entry)]
+    for name in names:
+        if not name.isidentifier():
+            raise UserError(f"{index}: names {name!r}, which is no part of a pipeline; use one from a source you trust")
+    return names
 
 
 def _of_pipeline(root: Path, to: Path, dtype: torch.dtype | None) -> Plan:
     names = _components(root / pipelines.INDEX)
-    stored = {FOLDERS[part]: recognize.find(root, part) for part in PARTS if FOLDERS[part] in names}
-    if "transformer" not in stored:
+    if "transformer" not in names:
         recognize.find(root, "transformer")  # says what it is instead
     for name in names:
-        if not (root / name).is_dir():
-            raise UserError(f"{root / pipelines.INDEX}: names {name}, a folder that is not there; get it too")
+        # Shapes alone do not tell all of a configuration.
+        lacking = root / name / ("config.json" if name in FOLDERS.values() else "")
+        if not lacking.exists():
+            raise UserError(f"{root / pipelines.INDEX}: names {name}, and {lacking} is not there; get it too")
+    stored = {FOLDERS[part]: recognize.find(root, part) for part in PARTS if FOLDERS[part] in names}
     copied = [pipelines.INDEX, *(name for name in names if name not in stored)]
     others = sorted(path.name for path in root.iterdir() if path.name not in (*stored, *copied))
     left_out = [line for each in stored.values() for line in each.left_out]
@@ -188,12 +198,6 @@ def file_name(stored: Stored) -> str:
     flavor = flavors[0].removeprefix("flux-") if flavors else "custom"
     variant = _VARIANTS.get((cfg.in_channels, cfg.guidance_embed), "custom") if flavor == "dev" else flavor
     return f"flux1-{variant}.safetensors"
-
-
-def _check_part(source: str, stored: Stored, part: str | None) -> None:
-    there = part_of(stored.cfg)
-    if part not in (None, there):
-        raise UserError(f"{source}: holds the {there}; its {part} is elsewhere")
 
 
 def _check_apart(plan: Plan) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from flux_func.errors import UserError
 from flux_func.interop import formats, identify, safetensors_io, strangers
 from flux_func.interop.safetensors_io import Tensors
-from flux_func.interop.stored import Stored
+from flux_func.interop.stored import Stored, part_of
 
 _INDEX = ".safetensors.index.json"
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
@@ -56,18 +56,29 @@ def _folder(path: Path, part: str | None) -> Stored:
         return _dcp(path, part)
     if steps := _steps(path) or _steps(path / "checkpoint"):
         return _dcp(steps[-1], part)
-    if (path / "checkpoints").is_dir() or path.parent.name == "checkpoints":
+    if _is_ours(path):
         from flux_func.interop import orbax
 
-        return orbax.open_checkpoint(path)
+        stored = orbax.open_checkpoint(path)
+        if part not in (None, part_of(stored.cfg)):
+            raise UserError(
+                f"{path}: is a checkpoint of the {part_of(stored.cfg)}; the {part} is wanted, give its path"
+            )
+        return stored
     if (path / "snapshots").is_dir():
         return _folder(_snapshot(path), part)
-    if (path / _FOLDERS[part or "transformer"] / "config.json").is_file():
-        return _folder(path / _FOLDERS[part or "transformer"], part or "transformer")
+    if any((inner := path / _FOLDERS[part or "transformer"]).glob("*.safetensors*")):
+        return _folder(inner, part or "transformer")
     saved = _config(path)
     _check_class(path, saved, part)
     chosen = _choose(path, part, saved)
     return identify.stored(chosen if saved is None else path, _open(chosen), part, saved)
+
+
+def _is_ours(path: Path) -> bool:
+    # Other programs have folders named checkpoints too; in ours they are numbers.
+    steps = [path] if path.parent.name == "checkpoints" else (path / "checkpoints").glob("*")
+    return any(step.name.isdigit() for step in steps)
 
 
 # Folders of safetensors files.
@@ -108,7 +119,7 @@ def _absence(folder: Path) -> str:
     if any(_SHARD.search(file.name) for file in children):
         return f"holds shards and no index of them (*{_INDEX}); get the index too"
     for file in children:
-        if file.is_file() and file.suffix != ".json":
+        if file.is_file() and file.suffix in strangers.SUFFIXES:
             strangers.refuse(file)
     names = ", ".join(file.name for file in children[:5]) or "nothing"
     return f"holds no weights (but {names}); give a safetensors file or a folder with one"
@@ -143,7 +154,7 @@ def _check_class(path: Path, saved: Mapping[str, Any] | None, part: str | None) 
         pipeline = _json(path / "model_index.json").get("_class_name")
         if pipeline and not any(path.glob("*.safetensors")):
             folder = _FOLDERS[part or "transformer"]
-            raise UserError(f"{path}: is a {pipeline} without {folder}/config.json; FLUX.1's pipelines are read")
+            raise UserError(f"{path}: is a {pipeline} without safetensors files in {folder}/; FLUX.1's are read")
         return
     name = saved.get("_class_name") or ", ".join(saved["architectures"])
     if name not in _CLASSES:

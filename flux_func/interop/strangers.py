@@ -41,6 +41,8 @@ _BY_START = (
 # torch.save's zip archives, and bare pickles by their protocol.
 _PICKLE_STARTS = (b"PK\x03\x04", *(b"\x80" + bytes([protocol]) for protocol in range(2, 6)))
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
+# Of weights that are not read.
+SUFFIXES = (*_PICKLES, ".gguf")
 
 
 def name(names: Iterable[str]) -> str:

@@ -11,6 +11,9 @@ from flux_func.errors import UserError
 # What folders of weights hold. A folder with anything else in it is never overwritten.
 _OURS = ("*.safetensors", "*.safetensors.index.json", "config.json", "flux_func.json", ".metadata", "*.distcp")
 _OURS += ("checkpoints",)
+# And those of whole pipelines.
+_OURS += ("model_index.json", "transformer", "vae", "text_encoder*", "tokenizer*", "scheduler")
+_OURS += ("image_encoder", "feature_extractor")
 
 
 def check(path: str | Path, size: int, overwrite: bool = False) -> None:
@@ -51,6 +54,9 @@ def beside(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         _replace(partial, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); it is as it was") from error
+    except UserError as error:
+        # Of a file in the folder: only the name that it was to have says something.
+        raise UserError(str(error).replace(str(partial), str(path))) from error
     finally:
         with contextlib.suppress(OSError):
             _remove(partial)

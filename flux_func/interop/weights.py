@@ -128,8 +128,9 @@ def write(
       UserError: see `save`; also a value that is too large for `dtype`. `path` is then as it was.
     """
     path, cfg = Path(path), source.cfg
-    _check(path, cfg, format)
+    check(path, cfg, format)
     target.check(path, bytes_needed(source, dtype), overwrite)
+    _warn_of_eps(path, cfg, format)
     layout = formats.layout(cfg, format)
     types = layout.tensor_types({name: dtype or kind for name, kind in source.types.items()})
 
@@ -150,7 +151,8 @@ def bytes_needed(source: Source | Stored, dtype: torch.dtype | None = None) -> i
     return sum(math.prod(shape) * (dtype or source.types[path]).itemsize for path, shape in shapes.items())
 
 
-def _check(path: Path, cfg: Config, format: str) -> None:
+def check(path: Path, cfg: Config, format: str) -> None:
+    """Raises UserError where a model cannot be written to such a path in such a format; nothing is touched."""
     if format not in FORMATS:
         raise UserError(f"format is {format!r}: it should be one of {', '.join(FORMATS)}")
     file = path.suffix == ".safetensors"
@@ -161,15 +163,20 @@ def _check(path: Path, cfg: Config, format: str) -> None:
     if isinstance(cfg, AutoencoderConfig) and cfg.kind != "kl":
         raise UserError(f"cfg: an autoencoder of kind {cfg.kind!r} has no weights to save")
     if isinstance(cfg, FluxConfig):
-        _check_sayable(path, cfg, format)
+        _check_sayable(cfg, format)
 
 
-def _check_sayable(path: Path, cfg: FluxConfig, format: str) -> None:
+def _check_sayable(cfg: FluxConfig, format: str) -> None:
     for name, value in diffusers.FIXED.items() if format == "diffusers" else ():
         if name != "qk_norm_eps" and getattr(cfg, name) != value:
             raise UserError(
                 f"format is 'diffusers': it computes with {name} {value}, this model with {getattr(cfg, name)}; use bfl"
             )
+
+
+def _warn_of_eps(path: Path, cfg: Config, format: str) -> None:
+    if not isinstance(cfg, FluxConfig):
+        return
     eps = _EPS.get(format, cfg.qk_norm_eps)
     if eps != cfg.qk_norm_eps:
         logging.warning(

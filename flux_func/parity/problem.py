@@ -49,9 +49,9 @@ class Problem:
     conditioning: tuple[Tensor, Tensor] | None = dataclasses.field(default=None, repr=False)
     seed: int = 0
     batch: int = 2
-    height: int = 192
-    width: int = 256
-    text_tokens: int = 128
+    height: int = 128
+    width: int = 192
+    text_tokens: int = 64
     steps: int = 4
     guidance: float = 3.5
     shift: bool = True
@@ -122,7 +122,7 @@ def autoencoder_inputs(problem: Problem) -> dict[str, Tensor]:
     scale = cfg.downsampling
     latents = problem.normal("autoencoder", 1, cfg.z_channels, problem.height // scale, problem.width // scale)
     images = problem.normal("images", 1, 3, problem.height, problem.width).tanh()
-    return {"images": images, "corner": images[..., :64, :64], "latents": latents}
+    return {"images": images, "corner": images[..., :64, :64].clone(), "latents": latents}
 
 
 def autoencoder_weights(cfg: AutoencoderConfig, seed: int, device: str) -> Params:

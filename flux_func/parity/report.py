@@ -31,7 +31,8 @@ figure img { width: 100%; display: block; border: 1px solid var(--line); border-
 figcaption { color: var(--dim); font-size: 13px; margin-top: 4px }
 .plot { width: 100%; border: 1px solid var(--line); border-radius: 6px }
 table { border-collapse: collapse; width: 100% } td, th { padding: 4px 10px; text-align: left; vertical-align: top }
-tr.first { border-top: 1px solid var(--line) } tr.first td:first-child { font-weight: 600 } th { background: var(--soft); font-weight: 600 }
+tr.first { border-top: 1px solid var(--line) } tr.first td:first-child { font-weight: 600 }
+th { background: var(--soft); font-weight: 600 }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 td.where { color: var(--dim); font-size: 13px; overflow-wrap: anywhere }
 tr.bad td { background: #ffebe9 } td.mark { color: var(--ok); font-weight: 600 } tr.bad td.mark { color: var(--bad) }
@@ -135,7 +136,10 @@ def _table_section(rows: list[Row]) -> str:
 
 
 def _settings(name: str, group: Mapping[str, Any]) -> str:
-    items = "".join(f"<dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd>" for k, v in group.items())
+    shown = {
+        key: ", ".join(map(str, value)) if isinstance(value, tuple) else str(value) for key, value in group.items()
+    }
+    items = "".join(f"<dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd>" for key, value in shown.items())
     return f"<section><h2>{html.escape(name.capitalize())}</h2><dl>{items}</dl></section>"
 
 

@@ -99,6 +99,19 @@ def program(main: ModuleType, *args: object) -> int:
     raise AssertionError("absl ends a program by SystemExit")
 
 
+def refused(capfd: pytest.CaptureFixture[str], root: pathlib.Path, main: ModuleType, *arguments: object) -> str:
+    """Runs a program that should refuse; returns its one line, once nothing under `root` is found changed."""
+    before = snapshot(root)
+    capfd.readouterr()
+    assert program(main, *arguments) == 2
+    out, err = capfd.readouterr()
+    assert snapshot(root) == before
+    assert out == "" and err.count("\n") == 1, err
+    name, _, line = err.rstrip("\n").partition(": error: ")
+    assert name == main.__name__.rpartition(".")[2]
+    return line
+
+
 def snapshot(folder: pathlib.Path) -> dict[str, tuple[int, str]]:
     """Returns {path: (time of its last change in ns, hash of its bytes)} of all that is in a folder, itself too."""
     found = [folder, *folder.rglob("*")] if folder.exists() else []

@@ -6,8 +6,8 @@ from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
-from huggingface_hub import constants, file_download, utils
 import pytest
+from huggingface_hub import constants, file_download, utils
 
 from flux_func.errors import UserError
 from flux_func.interop import hub

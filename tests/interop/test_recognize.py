@@ -99,6 +99,12 @@ def test_a_snapshot_of_bfls_files_alone(snapshot):
         recognize.find(snapshot, "transformer")
 
 
+def test_a_snapshot_of_bfls_files_and_all_the_configurations(snapshot):
+    for path in (snapshot / "transformer").glob("*.safetensors*"):
+        path.unlink()
+    assert holds_transformer(recognize.find(snapshot)) and recognize.find(snapshot).format == "bfl"
+
+
 def test_a_cache_with_several_snapshots_is_mains(snapshot):
     cache = snapshot.parents[1]
     (cache / "snapshots" / "4567").mkdir()
@@ -122,6 +128,15 @@ def test_an_interrupted_download_is_named(snapshot):
         recognize.find(snapshot)
     with pytest.raises(UserError, match="is one shard of several"):
         recognize.find(sorted((snapshot / "transformer").glob("*-of-*.safetensors"))[0])
+
+
+def test_another_programs_folder_of_checkpoints(files, tmp_path):
+    folder = tmp_path / "models" / "checkpoints" / "flux"
+    folder.mkdir(parents=True)
+    shutil.copy(files / "flux1-dev.safetensors", folder)
+    assert holds_transformer(recognize.find(folder))
+    with pytest.raises(UserError, match=r"holds no weights \(but checkpoints\)"):
+        recognize.find(tmp_path / "models")
 
 
 def test_content_decides_and_not_the_name(files, tmp_path):
@@ -186,7 +201,7 @@ def test_other_models_folders_are_named(files, tmp_path, saved, words):
 def test_another_pipeline_is_named(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
     (tmp_path / "unet").mkdir()
-    with pytest.raises(UserError, match="is a StableDiffusionXLPipeline without transformer/"):
+    with pytest.raises(UserError, match="is a StableDiffusionXLPipeline without safetensors files in transformer/"):
         recognize.find(tmp_path)
 
 
@@ -199,6 +214,7 @@ def test_what_is_not_there_and_what_holds_nothing(tmp_path):
     with pytest.raises(UserError, match="cannot be read as JSON"):
         recognize.find(tmp_path)
     (tmp_path / "config.json").unlink()
+    (tmp_path / "README.md").write_text("<!-- words -->")
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="pytorch_model.bin: is a pickle"):
         recognize.find(tmp_path)
@@ -228,5 +244,7 @@ def test_our_own_checkpoints(tmp_path):
     for path in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "0"):
         stored = recognize.find(path)
         assert holds_transformer(stored) and stored.format == "orbax"
+        with pytest.raises(UserError, match="is a checkpoint of the transformer; the autoencoder is wanted"):
+            recognize.find(path, "autoencoder")
         params, cfg = weights.load(path)
         assert cfg == CFG and tree.flatten(params).keys() == tree.flatten(PARAMS).keys()

@@ -1,6 +1,8 @@
 """The encoders of a run are the models' own functions, on what the config names; and every wrong path is named."""
 
+import dataclasses
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -73,6 +75,37 @@ def test_kl_reads_its_file_and_trains_on_the_mean_where_asked(tmp_path):
     assert not codecs.posterior_noise
     with torch.no_grad():
         torch.testing.assert_close(codecs.encode_image(images(), None), autoencoder.encode(params, KL, images()))
+
+
+@pytest.mark.parametrize("where", ["", "vae"])
+def test_kl_is_read_from_a_pipeline_or_its_vae_folder_with_the_scaling_it_says(tmp_path, where):
+    from diffusers import AutoencoderKL
+
+    folder = tiny_pipeline.whole(tmp_path / "pipe")
+    theirs = AutoencoderKL.from_pretrained(folder / "vae")
+    fields = {"autoencoder.kind": "kl", "autoencoder.path": str(folder / where), "autoencoder.sample": False}
+    codecs = encoders.build(*settings(fields))
+    with torch.no_grad():
+        latents = (theirs.encode(images(32)).latent_dist.mean - 0.2) * 0.4
+        torch.testing.assert_close(codecs.encode_image(images(32), None), latents, rtol=1e-4, atol=1e-5)
+        decoded = theirs.decode(latents / 0.4 + 0.2).sample
+        torch.testing.assert_close(codecs.decode(latents), decoded, rtol=1e-4, atol=1e-4)
+
+
+def test_an_autoencoder_of_another_size_is_refused(tmp_path):
+    cfg = dataclasses.replace(KL, ch=32, ch_mult=(1, 1, 1))
+    save_file(tree.flatten(autoencoder.init(cfg)), tmp_path / "ae.safetensors")
+    with pytest.raises(UserError, match="its latents have 16 channels, and one stands for 4 pixels along a side"):
+        encoders.build(*settings({"autoencoder.kind": "kl", "autoencoder.path": str(tmp_path / "ae.safetensors")}))
+
+
+def test_t5_of_a_folder_of_its_own_is_named_where_it_does_not_fit(tmp_path, folder):
+    narrow = tiny_pipeline.build(tmp_path / "narrow", weights=False)
+    own = shutil.copytree(narrow / "text_encoder_2", tmp_path / "t5")
+    shutil.copytree(narrow / "tokenizer_2", own, dirs_exist_ok=True)
+    with pytest.raises(UserError) as raised:
+        encoders.build(*settings({"text.kind": "hf", "text.path": str(folder), "text.t5": str(own)}))
+    assert str(raised.value) == f"text.t5 is '{own}': its T5 is 32 wide, and the model takes 4096"
 
 
 @pytest.mark.parametrize("random_init", [False, True])

@@ -1,7 +1,9 @@
 """A run that starts from weights: the model and the losses are theirs, and once it has begun it needs them no more."""
 
+import dataclasses
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from flux_func import sample_main, train_main, tree
 from flux_func.data import pipeline, sources
 from flux_func.errors import UserError
 from flux_func.models import flux
-from flux_func.train import checkpoint, encoders, metrics, step
+from flux_func.train import checkpoint, encoders, metrics, state, step
 from tests.helpers import tiny_data, tiny_pipeline, tiny_run
 from tests.helpers.tiny_run import CPU, identical, losses, records, stored, train
 
@@ -49,7 +51,7 @@ def their_loss(pipe, config, guidance):
     from diffusers import FluxTransformer2DModel
 
     model = FluxTransformer2DModel.from_pretrained(pipe / "transformer")
-    cfg = checkpoint.FluxConfig(48, 3, 2, 2, (4, 6, 6), True, vec_in_dim=24, context_in_dim=32)
+    cfg = flux.FluxConfig(48, 3, 2, 2, (4, 6, 6), True, vec_in_dim=24, context_in_dim=32)
     codecs = encoders.build(config, cfg, CPU)
     data = pipeline.batches(config, sources.build(config, "train"), codecs.tokenize, batch_size=2, posterior_noise=True)
     batch = step.train_batch(next(data), codecs, config, cfg, CPU)
@@ -94,10 +96,8 @@ def test_other_weights_do_not_join_a_run_that_has_begun(pipe, tmp_path):
     other = shutil.copytree(pipe, tmp_path / "other")
     with pytest.raises(UserError) as raised:
         train(tmp_path / "run", fields(pipe, **{"train.steps": 2, "model.weights": str(other)}))
-    assert str(raised.value).startswith(
-        f"model.weights is '{other}', but the checkpoint in the workdir was written with"
-    )
-    assert str(pipe) in str(raised.value)
+    said = f"model.weights is '{other}', but the checkpoint in the workdir was written with '{pipe}': set it back"
+    assert str(raised.value).startswith(said)
 
 
 def test_a_run_starts_from_another_runs_weights(pipe, tmp_path):
@@ -107,7 +107,6 @@ def test_a_run_starts_from_another_runs_weights(pipe, tmp_path):
     before, after = stored(tmp_path / "first", 2), stored(tmp_path / "second", 1)
     names = [name for name in before if name.startswith("params.")]
     assert names and all(torch.equal(before[name], after[name]) for name in names)
-    assert float(after["opt.step"]) == 1 if "opt.step" in after else True
 
 
 def test_the_config_for_tuning_dev_tunes_a_tiny_one_and_its_workdir_is_sampled(pipe, tmp_path):
