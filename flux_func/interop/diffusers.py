@@ -54,6 +54,17 @@ _SINGLE = {
 _BLOCKS = {"double_blocks": ("transformer_blocks", _DOUBLE), "single_blocks": ("single_transformer_blocks", _SINGLE)}
 # diffusers has no field for these of ours, and computes with these values.
 FIXED = {"mlp_ratio": 4.0, "qkv_bias": True, "theta": 10_000, "qk_norm_eps": 1e-6}
+# Fields of config.json that we have none for: these values alone are FLUX's.
+_TRANSFORMER_JSON = {"patch_size": 1}
+_VAE_JSON = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "act_fn": "silu",
+    "norm_num_groups": 32,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "mid_block_add_attention": True,
+}
 
 
 def transformer(cfg: FluxConfig) -> Layout:
@@ -88,7 +99,7 @@ def transformer_json(cfg: FluxConfig) -> dict[str, Any]:
     """Returns the config.json of `transformer/`. What it has no field for (see `FIXED`) it does not say."""
     return {
         "_class_name": "FluxTransformer2DModel",
-        "patch_size": 1,
+        **_TRANSFORMER_JSON,
         "in_channels": cfg.in_channels,
         "out_channels": cfg.out_channels,
         "num_layers": cfg.depth,
@@ -108,6 +119,7 @@ def transformer_config(saved: Mapping[str, Any]) -> FluxConfig:
     Raises:
       TypeError, ValueError: a field that cannot be.
     """
+    _check(saved, _TRANSFORMER_JSON)
     heads, head_dim = saved.get("num_attention_heads", 24), saved.get("attention_head_dim", 128)
     in_channels = saved.get("in_channels", 64)
     return FluxConfig(
@@ -163,22 +175,16 @@ def vae_json(cfg: AutoencoderConfig) -> dict[str, Any]:
     levels = len(cfg.ch_mult)
     return {
         "_class_name": "AutoencoderKL",
-        "in_channels": 3,
-        "out_channels": 3,
+        **_VAE_JSON,
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "block_out_channels": list(cfg.widths),
         "layers_per_block": cfg.num_res_blocks,
-        "act_fn": "silu",
         "latent_channels": cfg.z_channels,
-        "norm_num_groups": 32,
         "sample_size": 1024,
         "scaling_factor": cfg.scale_factor,
         "shift_factor": cfg.shift_factor,
         "force_upcast": True,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-        "mid_block_add_attention": True,
     }
 
 
@@ -188,6 +194,7 @@ def vae_config(saved: Mapping[str, Any]) -> AutoencoderConfig:
     Raises:
       KeyError, TypeError, ValueError: a field that is missing or cannot be.
     """
+    _check(saved, _VAE_JSON)
     widths = saved["block_out_channels"]
     return AutoencoderConfig(
         kind="kl",
@@ -198,3 +205,9 @@ def vae_config(saved: Mapping[str, Any]) -> AutoencoderConfig:
         scale_factor=saved["scaling_factor"],
         shift_factor=saved["shift_factor"],
     )
+
+
+def _check(saved: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+    for field, value in fixed.items():
+        if saved.get(field, value) != value:
+            raise ValueError(f"{field} in its config.json is {saved[field]!r}, FLUX's is {value!r}")

@@ -100,16 +100,7 @@ def whole(tmp_path_factory):
 
 
 def refused(capfd, root, *arguments):
-    """Runs convert_main, which should refuse; returns its one line, once nothing under `root` is found changed."""
-    before = tiny_run.snapshot(root)
-    capfd.readouterr()
-    assert tiny_run.program(convert_main, *arguments) == 2
-    out, err = capfd.readouterr()
-    assert tiny_run.snapshot(root) == before
-    assert out == "" and err.count("\n") == 1, (out, err)
-    name, _, line = err.rstrip("\n").partition(": error: ")
-    assert name == "convert_main"
-    return line
+    return tiny_run.refused(capfd, root, convert_main, *arguments)
 
 
 SOURCES = [

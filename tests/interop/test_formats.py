@@ -122,3 +122,11 @@ def test_bfl_shapes_give_back_the_configuration():
     for cfg in (DEV, FILL, flux.flavor("flux-digits")):
         assert bfl.transformer_config(bfl.paths(cfg)) == cfg
     assert bfl.vae_config(autoencoder.shapes(KL)) == KL
+
+
+@pytest.mark.parametrize(("field", "value"), [("norm_num_groups", 16), ("act_fn", "gelu"), ("use_quant_conv", True)])
+def test_a_field_of_config_json_that_is_not_flux_is_not_ignored(field, value):
+    with pytest.raises(ValueError, match=f"{field} in its config.json is {value!r}"):
+        diffusers.vae_config({**diffusers.vae_json(KL), field: value})
+    with pytest.raises(ValueError, match="patch_size in its config.json is 2, FLUX's is 1"):
+        diffusers.transformer_config({"patch_size": 2})
