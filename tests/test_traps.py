@@ -6,10 +6,12 @@ attention causal by default
 latents * (scale - shift) in place of scale * (latents - shift)
     tests/models/test_autoencoder.py::test_latents_are_scale_times_z_minus_shift
     tests/models/test_autoencoder.py::test_kl_equals_reference
+    tests/test_sample_main_pipelines.py::test_pixels_are_diffusers
 the resolution's shift applied to what the model is told but not to the noise, or twice
     tests/train/test_step.py::test_shift_is_applied_once_and_towards_noise
     tests/train/test_step.py::test_a_step_is_gradient_descent_on_path_loss_of_the_pipelines_batch
     tests/flow/test_sampler.py::test_sample_is_bfls_denoise
+    tests/interop/test_pipelines.py::test_the_two_schedules_are_diffusers
 text and image swapped in order
     tests/models/test_flux.py::test_text_comes_before_image_and_order_matters
     tests/models/test_flux.py::test_forward_and_gradients_are_bfls
@@ -17,14 +19,28 @@ rope's theta not passed; position ids or rope in bfloat16
     tests/models/test_layers.py::test_rope_turns_each_pair_by_position_times_frequency
     tests/models/test_layers.py::test_position_ids_and_rope_never_fall_below_float32
     tests/test_traps.py::test_rope_and_time_stay_in_float32_where_a_run_computes_in_bfloat16
-guidance or time multiplied by 1000 twice; guidance dropped in silence; guidance wrong above a batch of 1
+    tests/parity/test_compare.py::test_forward_gradients_and_stages_at_shapes_that_trip_assumptions
+guidance or time multiplied by 1000 twice; guidance dropped on load; guidance wrong above a batch of 1
+    tests/interop/test_identify.py::test_the_guidance_embedder_is_never_dropped
+    tests/interop/test_weights.py::test_diffusers_loads_our_folder_and_computes_the_same
+    tests/train/test_loop_weights.py::test_the_first_loss_is_that_of_diffusers_model_told_the_same_guidance
     tests/models/test_flux.py::test_guidance_is_each_samples_own_and_not_scaled_twice
     tests/flow/test_sampler.py::test_guidance_reaches_each_sample_of_a_batch
     tests/train/test_step.py::test_guidance_is_told_where_the_model_has_the_embedding_and_only_there
     tests/train/test_checkpoint.py::test_a_leaf_that_this_run_lacks_is_named
     tests/test_traps.py::test_a_step_tells_the_model_a_thousand_times_time_and_guidance
-shift and scale of the last modulation swapped
+shift and scale of the last modulation swapped between formats, or not swapped
     tests/models/test_flux.py::test_forward_and_gradients_are_bfls
+    tests/interop/test_formats.py::test_the_last_modulation_is_turned_once_and_no_other
+    tests/interop/test_weights.py::test_we_load_diffusers_folder
+epsilon of the query and key norms lost between formats
+    tests/interop/test_weights.py::test_another_epsilon_is_said
+    tests/interop/test_identify.py::test_our_files_say_all_that_shapes_do_not
+files that other tools cannot load, or that are not what they seem
+    tests/interop/test_weights.py::test_the_way_through_all_formats_returns_every_byte
+    tests/test_convert_main.py::test_a_run_becomes_what_diffusers_loads
+    tests/faults/test_bad_weights.py::test_wrong_weights
+    tests/faults/test_bad_weights.py::test_a_pickle_is_never_opened
 replicas that draw the same noise
     tests/test_traps.py::test_no_two_positions_share_noise_on_any_rank_in_any_step
     tests/data/test_pipeline.py::test_start_and_ranks_change_nothing
@@ -78,7 +94,7 @@ HELD = re.findall(r"^    (tests/\S+\.py)::(test_\w+)$", __doc__, re.MULTILINE)
 
 def test_every_trap_has_a_test():
     traps = re.findall(r"^\S.*\n(?=    tests/)", __doc__, re.MULTILINE)
-    assert len(traps) == 15 and len(HELD) >= 30
+    assert len(traps) == 17 and len(HELD) >= 40
     assert len(HELD) == __doc__.count("::")
 
 

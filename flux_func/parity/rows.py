@@ -12,7 +12,7 @@ BOUNDS = {
     "bfloat16": 1.2,  # our error against the reference's float32, over the reference's own in bfloat16
     "loss": 1e-6,  # relative: one number
     "gradient": 3e-6,  # relative: the worst leaf
-    "stage": 5e-7,  # relative: the worst of a stage's outputs
+    "stage": 1e-6,  # relative: the worst of a stage's outputs; a single sample's matrix-vector products come to 4e-7
     "join": 0.0,  # text before image, without arithmetic
     "embedding": 1e-7,  # relative: the same float32 formula, up to another library's cosine
     "rope": 2e-7,  # relative, for every 16 patches of the longer side: a float32 angle loses digits as it grows
