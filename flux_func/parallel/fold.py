@@ -91,14 +91,17 @@ def grad_and_value(
             # The batch itself is not differentiated: the first stage is a function of its parameters alone.
             carry, pull = vjp(functools.partial(run, carry=carry), part)
         pulls.append((unit[0], pull))
-    loss, cotangent, grads = carry["loss"], {"loss": torch.ones_like(carry["loss"])}, {}
+    loss, cotangent, parts = carry["loss"], {"loss": torch.ones_like(carry["loss"])}, []
     del carry, const, run, pull
     while pulls:
         stage, pull = pulls.pop()
         part, *rest = pull(cotangent)
         cotangent = rest[0] if rest else None
         del pull
-        stage.place(grads, part if into is None else _add(stage.select(into), part))
+        parts.append((stage, part if into is None else _add(stage.select(into), part)))
+    grads: Params = {}
+    for stage, part in reversed(parts):
+        stage.place(grads, part)
     return {key: grads[key] for key in params}, loss.detach()
 
 

@@ -1,5 +1,7 @@
 """The training fold gives the numbers of torch.func and of plain autograd, and keeps no more than autograd does."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -54,6 +56,17 @@ def test_fold_is_grad_and_value(remat, vjp):
     ):
         assert_same(grads, expected, 2e-6)
         torch.testing.assert_close(value, loss, rtol=1e-6, atol=0)
+
+
+def test_every_block_has_its_own_gradient():
+    # More than two of a kind: the fold meets them from the last to the first.
+    cfg = dataclasses.replace(TINY, depth=3, depth_single_blocks=5)
+    params, batch = flux.init(cfg, scheme="nonzero"), draw_batch()
+    expected, _ = torch.func.grad_and_value(path.loss)(params, cfg, batch)
+    grads, _ = fold.grad_and_value(params, cfg, batch)
+    assert_same(grads, expected, 2e-6)
+    twice, _ = fold.grad_and_value(params, cfg, batch, into=grads)
+    assert_same(twice, tree.map(lambda leaf: 2 * leaf, expected), 2e-6)
 
 
 def test_remat_gives_the_same_bits():

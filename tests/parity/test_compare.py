@@ -25,6 +25,7 @@ SHAPES = {
     "batch of three": (SMALL, {"batch": 3}),
     "heads of 20": (ODD, {}),
     "two blocks of each, heads of 16": (TINY, {}),
+    "blocks in plenty": (dataclasses.replace(SMALL, depth=4, depth_single_blocks=11), {}),
     "384 input channels": (FILL, {}),
     "128 input channels": (dataclasses.replace(FILL, in_channels=128), {}),
     "guidance of each sample its own": (dataclasses.replace(SMALL, guidance_embed=True), {"batch": 3}),
