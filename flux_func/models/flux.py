@@ -217,11 +217,18 @@ class Stage:
         return {key: params[key] for key in self.keys}
 
     def place(self, params: Params, part: Params) -> None:
-        """Puts this stage's part into a tree that is being assembled in stage order (`select`'s inverse)."""
+        """Puts this stage's part into a tree that is being assembled: `select`'s inverse.
+
+        Raises:
+          ValueError: a block out of the stages' order, which would get another one's place.
+        """
         if self.index is None:
             params.update(part)
-        else:
-            params.setdefault(self.keys[0], []).insert(self.index, part)
+            return
+        blocks = params.setdefault(self.keys[0], [])
+        if len(blocks) != self.index:
+            raise ValueError(f"{self.name} should be placed in stage order, there are {len(blocks)} blocks yet")
+        blocks.append(part)
 
 
 def chain(cfg: FluxConfig) -> tuple[Stage, ...]:

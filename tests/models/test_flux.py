@@ -191,6 +191,9 @@ def test_stage_parts_reassemble_the_tree():
         stage.place(whole, stage.select(params))
     assert tree.flatten(whole).keys() == tree.flatten(params).keys()
     assert all(whole["double_blocks"][i] is block for i, block in enumerate(params["double_blocks"]))
+    last = flux.chain(TINY)[-2]
+    with pytest.raises(ValueError, match=r"single_blocks\.1 should be placed in stage order, there are 0 blocks yet"):
+        last.place({}, last.select(params))
 
 
 def test_float64_is_kept_and_bfloat16_is_close():
