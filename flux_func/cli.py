@@ -85,6 +85,9 @@ def _explain(error: Exception, path: str) -> str:
     message, parsing = str(error), "whilst parsing config file"
     if not isinstance(error, flags.Error) or parsing in message:
         return _explain_file(error, path)
+    absent = re.match(r"flag --(\w+)=None: Flag --\1 must have a value", message)
+    if absent:
+        return f"--{absent[1]} is not given: {flags.FLAGS[absent[1]].help}"
     field = re.match(r"flag --config\.([\w.]+)=", message)
     usual = dict(configs.flat(configs.default())).get(field[1]) if field else None
     return message if usual is None else f"{message}: should be of the type of {usual!r}, its default"

@@ -38,7 +38,7 @@ def _define_flags() -> None:
     flags.DEFINE_enum("part", None, conversion.PARTS, "Which part; left out: all that --to can hold.")
     flags.DEFINE_integer("step", None, "Of a run: which checkpoint; left out: the newest.")
     flags.DEFINE_bool("ema", False, "Of a run: the averaged weights.")
-    flags.DEFINE_bool("overwrite", False, "Replace what is at --to, if it is weights.")
+    flags.DEFINE_bool("overwrite", False, "Replace what is at --to, if it is nothing but weights.")
     for name in ("from", "to"):
         flags.register_validator(name, lambda value: value != "", message="should name a file or folder")
 
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
         with tqdm(total=plan.size(), desc="converting", unit="B", unit_scale=True, delay=0.5) as bar:
             conversion.run(plan, given.overwrite, bar.update)
     except KeyboardInterrupt:
-        print(f"interrupted: {to} is as it was", file=sys.stderr)
+        print(f"interrupted: {to} is as it was, or new and whole", file=sys.stderr)
         raise
     print(f"{to}: written in format {plan.format}, {tqdm.format_sizeof(plan.size())}B")
 

@@ -54,12 +54,13 @@ def _define_flags() -> None:
     flags.DEFINE_list("parts", None, f"Of {','.join(problem.PARTS)}; left out: all that apply.")
     flags.DEFINE_string("prompt", None, "What the sampler draws, where --weights is a whole pipeline; left out: noise.")
     flags.DEFINE_integer("seed", 0, "Of the inputs, and of weights that are drawn.")
-    flags.DEFINE_integer("batch_size", 2, "Samples in forward and gradients.")
+    flags.DEFINE_integer("batch_size", 2, "Samples in forward, gradients and sampler.")
     flags.DEFINE_integer("height", 128, "Pixels, a multiple of 16.")
     flags.DEFINE_integer("width", 192, "Pixels, a multiple of 16.")
     flags.DEFINE_integer("text_tokens", 64, "Length of the T5 sequence.")
     flags.DEFINE_integer("steps", 4, "Euler steps of the sampler.")
     flags.DEFINE_float("guidance", None, "What the sampler is guided with, where the model has it; left out: 3.5.")
+    flags.DEFINE_float("cfg_scale", None, "Of classifier-free guidance in the sampler, above 1; left out: without.")
     flags.DEFINE_bool(
         "shift", None, "Whether the sampler's schedule is shifted; left out: as the pipeline, or shifted."
     )
@@ -114,6 +115,12 @@ def check(given: Any) -> None:
     for flag in ("batch_size", "text_tokens", "steps"):
         if getattr(given, flag) < 1:
             raise UserError(f"--{flag} is {getattr(given, flag)}: should be at least 1")
+    if given.cfg_scale is not None and not given.cfg_scale > 1:
+        raise UserError(f"--cfg_scale is {given.cfg_scale}: should be more than 1; leave it out to guide by none")
+    if given.cfg_scale is not None and given.reference == "bfl":
+        raise UserError(
+            f"--cfg_scale is {given.cfg_scale}: bfl's sampler has no such guidance; use diffusers or torchtitan"
+        )
     if given.parts == []:
         raise UserError(f"--parts is '': should be some of {', '.join(problem.PARTS)}")
     for part in given.parts or ():
@@ -148,11 +155,16 @@ def prepare(given: Any, config: ml_collections.ConfigDict, say: Callable[[str], 
             f"--prompt is {given.prompt!r}: is read only where --weights is a whole pipeline and sampled from"
         )
     leaves = tree.flatten(flux.abstract(cfg))
+    if given.corrupt is not None and "transformer" not in parts:
+        raise UserError(f"--corrupt is {given.corrupt!r}: is a weight of the transformer, and --parts leaves that out")
     if given.corrupt not in (None, *leaves):
         raise UserError(
             f"--corrupt is {given.corrupt!r}: {configs.nearest(given.corrupt, leaves)}should be a weight's path"
         )
     say("weights")
+    stored_eps = stored.cfg.qk_norm_eps if stored and stored.cfg.qk_norm_eps != cfg.qk_norm_eps else None
+    if stored_eps is not None:
+        say(f"qk_norm_eps is {stored_eps} with these weights: both sides take {given.reference}'s, {cfg.qk_norm_eps}")
     if stored:
         params = stored.params(torch.float32, device)
     else:
@@ -165,6 +177,7 @@ def prepare(given: Any, config: ml_collections.ConfigDict, say: Callable[[str], 
         **(choose_autoencoder(weights if pipeline else None, given.seed, device) if "autoencoder" in parts else {}),
         text_path=os.path.abspath(weights) if pipeline else "",
         conditioning=encode(weights, given.prompt, given.text_tokens) if given.prompt is not None else None,
+        stored_eps=stored_eps,
         seed=given.seed,
         batch=given.batch_size,
         height=given.height,
@@ -172,6 +185,7 @@ def prepare(given: Any, config: ml_collections.ConfigDict, say: Callable[[str], 
         text_tokens=given.text_tokens,
         steps=given.steps,
         guidance=3.5 if given.guidance is None else given.guidance,
+        cfg_scale=given.cfg_scale,
         shift=shift,
         device=device,
     )
@@ -237,10 +251,10 @@ def choose_autoencoder(pipeline: str | None, seed: int, device: str) -> dict[str
 
 
 def encode(pipeline: str, prompt: str, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns txt [1, length, context] and y [1, vec] of a prompt, by the pipeline's own encoders."""
+    """Returns txt [2, length, context] and y [2, vec] of a prompt and of none, by the pipeline's own encoders."""
     cfg = TextConfig(kind="hf", path=pipeline, max_length=length)
     try:
-        return text.encode(text.load(cfg), cfg, text.tokenizer(cfg)([prompt]))
+        return text.encode(text.load(cfg), cfg, text.tokenizer(cfg)([prompt, ""]))
     except ValueError as error:
         raise UserError(f"--weights is {pipeline!r}: {error}") from error
 
@@ -255,6 +269,9 @@ def describe(given: Any, asked: Problem, theirs: dict[str, Any], seconds: float)
     names = ("parts", "seed", "batch", "height", "width", "text_tokens", "steps", "shift", "device")
     settings = {name: getattr(asked, name) for name in names}
     settings |= {"guidance": asked.guidance} if asked.cfg.guidance_embed else {}
+    settings |= {"cfg_scale": asked.cfg_scale} if asked.cfg_scale else {}
+    if asked.stored_eps is not None:
+        settings["qk_norm_eps"] = f"{asked.cfg.qk_norm_eps}, the reference's; {asked.stored_eps} with these weights"
     settings |= {"weights": given.weights or "drawn", "prompt": given.prompt or "drawn"}
     settings |= {"corrupted on our side": given.corrupt} if given.corrupt else {}
     count = sum(leaf.numel() for leaf in tree.leaves(asked.params))

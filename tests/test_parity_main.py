@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import save_file
 
 from flux_func import parity_main, tree
+from flux_func.interop import weights
 from flux_func.models import flux
 from flux_func.parity import process
 from tests.helpers import tiny_pipeline, tiny_run
@@ -98,14 +99,38 @@ def test_qk_norm_eps_is_the_reference_s():
     assert eps == {"bfl": 1e-6, "diffusers": 1e-6, "torchtitan": 1e-5}
 
 
+def test_another_qk_norm_eps_of_the_weights_is_said(folder, in_this_process, tmp_path, capfd):
+    cfg = flux.FluxConfig(
+        hidden_size=64, num_heads=4, depth=1, depth_single_blocks=1, axes_dim=(4, 6, 6), qk_norm_eps=1e-5
+    )
+    weights.save(tmp_path / "flux.safetensors", flux.init(cfg, scheme="nonzero"), cfg)
+    given = ("--reference=bfl", *TINY[1:], "--parts=transformer", f"--weights={tmp_path}/flux.safetensors", "--out=out")
+    assert tiny_run.program(parity_main, *given) == 0
+    assert "qk_norm_eps is 1e-05 with these weights: both sides take bfl's, 1e-06\n" in capfd.readouterr().err
+    report = saved(folder / "out")
+    assert report["model"]["qk_norm_eps"] == 1e-6
+    assert report["settings"]["qk_norm_eps"] == "1e-06, the reference's; 1e-05 with these weights"
+
+
+def test_classifier_free_guidance(folder, in_this_process, tmp_path):
+    pipeline = tiny_pipeline.whole(tmp_path / "pipeline", guidance=True, shift=False)
+    given = (*QUICK[1:], f"--weights={pipeline}", "--prompt=a red bird", "--cfg_scale=5", "--out=out")
+    assert tiny_run.program(parity_main, "--reference=diffusers", *given) == 0
+    settings = saved(folder / "out")["settings"]
+    assert settings["cfg_scale"] == 5 and "qk_norm_eps" not in settings
+
+
 BAD = [
     (["--reference=bfl", "--height=40"], "--height is 40: should be a multiple of 16, such as 32"),
     (["--reference=bfl", "--batch_size=0"], "--batch_size is 0: should be at least 1"),
     (["--reference=bfl", "--parts=sampler"], "--parts is 'sampler': sampler needs transformer beside it"),
     (["--reference=bfl", "--parts="], "--parts is '': should be some of transformer, sampler, autoencoder, text"),
     (["--reference=bfl", "--parts=transfromer"], "--parts is 'transfromer': did you mean 'transformer'?"),
+    (["--reference=bfl", f"--corrupt={LEAF}", "--parts=text"], f"--corrupt is '{LEAF}': is a weight of the transformer"),
     (["--reference=bfl", f"--corrupt={LEAF[:-1]}"], f"--corrupt is '{LEAF[:-1]}': did you mean '{LEAF}'?"),
     (["--reference=bfl", "--guidance=3"], "--guidance is 3.0: this model has no guidance embedding; leave it out"),
+    (["--reference=diffusers", "--cfg_scale=1"], "--cfg_scale is 1.0: should be more than 1; leave it out"),
+    (["--reference=bfl", "--cfg_scale=5"], "--cfg_scale is 5.0: bfl's sampler has no such guidance; use diffusers or"),
     (["--reference=bfl", "--prompt=x"], "--prompt is 'x': is read only where --weights is a whole pipeline"),
     (["--reference=bfl", "--out=full"], "full: is there already; choose another path"),
     (["--reference=bfl", "--weights=nowhere"], "nowhere: there is no such file or folder"),
@@ -117,7 +142,7 @@ BAD = [
     (["--reference=bfl", "--reference_python=/no/python"], "--reference_python is '/no/python': cannot be run"),
     (["--reference=torchtitan"], "has no module 'torchtitan'; in an environment of its own, pip install torch=="),
     (["--reference=bfi"], "flag --reference=bfi: value should be one of <bfl|diffusers|torchtitan>"),
-    ([], "flag --reference=None"),
+    ([], "--reference is not given: <bfl|diffusers|torchtitan>"),
 ]
 
 

@@ -3,6 +3,7 @@
 After black-forest-labs/flux, `util.py`, which loads them.
 """
 
+import math
 from collections.abc import Mapping
 
 from flux_func import tree
@@ -43,6 +44,10 @@ def transformer_config(shapes: Mapping[str, Shape]) -> FluxConfig:
     if head_dim not in axes:
         known = ", ".join(map(str, sorted(axes)))
         raise ValueError(f"its heads have {head_dim} dimensions, and shapes do not tell their axes (flavors: {known})")
+    mlp_size = shapes["double_blocks.0.img_mlp.0.weight"][0]
+    ratio = mlp_size / hidden
+    # The width is the product without its fraction, here as in BFL's code: a ratio that was rounded down misses it.
+    mlp_ratio = ratio if int(hidden * ratio) == mlp_size else math.nextafter(ratio, math.inf)
     return FluxConfig(
         hidden_size=hidden,
         num_heads=hidden // head_dim,
@@ -54,7 +59,7 @@ def transformer_config(shapes: Mapping[str, Shape]) -> FluxConfig:
         out_channels=shapes["final_layer.linear.weight"][0],
         vec_in_dim=shapes["vector_in.in_layer.weight"][1],
         context_in_dim=shapes["txt_in.weight"][1],
-        mlp_ratio=shapes["double_blocks.0.img_mlp.0.weight"][0] / hidden,
+        mlp_ratio=mlp_ratio,
         qkv_bias="double_blocks.0.img_attn.qkv.bias" in shapes,
     )
 

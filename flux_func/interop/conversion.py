@@ -1,7 +1,7 @@
 """Converting as a plan, made and checked before anything is written: which weights go where, and what is copied."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,11 +9,11 @@ import torch
 
 from flux_func.errors import UserError
 from flux_func.interop import formats, hub, orbax, pipelines, recognize, target, weights
+from flux_func.interop.pipelines import FOLDERS
 from flux_func.interop.stored import Stored, part_of
 from flux_func.models.flux import FLAVORS
 
-PARTS = ("transformer", "autoencoder")
-FOLDERS = {"transformer": "transformer", "autoencoder": "vae"}
+PARTS = tuple(FOLDERS)
 # Black Forest Labs' names of FLUX's variants, by (input channels, guidance embedding). Canny's and Depth's shapes are
 # one, so that a file of theirs without a name of its own gets one for both.
 _VARIANTS = {(64, True): "dev", (64, False): "schnell", (384, True): "fill-dev", (128, True): "control-dev"}
@@ -47,15 +47,16 @@ class Plan:
         return converted + sum(path.stat().st_size for path in self.files().values())
 
     def files(self) -> dict[str, Path]:
-        """Returns {place in `to`: file} of the copies, those in folders one by one; UserError for a broken link."""
-        found = {}
-        for place, path in self.copies.items():
-            below = [file for file in sorted(path.rglob("*")) if not file.is_dir()] if path.is_dir() else [path]
-            found |= {os.path.normpath(f"{place}/{file.relative_to(path)}"): file for file in below}
-        for file in found.values():
-            if not file.exists():
-                raise UserError(f"{file}: is a broken link; get what it leads to")
-        return found
+        """Returns {place in `to`: file} of the copies, those in folders one by one.
+
+        Raises:
+          UserError: a folder that cannot be read, a link that leads nowhere, or back to a folder that it is in.
+        """
+        return {
+            os.path.normpath(f"{place}/{file.relative_to(path)}"): file
+            for place, path in self.copies.items()
+            for file in _files(path)
+        }
 
 
 def plan(
@@ -131,6 +132,24 @@ def run(plan: Plan, overwrite: bool = False, progress: Callable[[int], object] =
             _copy(file, folder / place, progress)
 
 
+def _files(path: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Yields a file, or those in a folder at any depth; a linked folder counts as the one that it leads to."""
+    if not path.exists():
+        raise UserError(f"{path}: is a broken link; get what it leads to")
+    if not path.is_dir():
+        yield path
+        return
+    real = path.resolve()
+    if real in above:
+        raise UserError(f"{path}: is a link back to {real}, which it is in; remove it")
+    try:
+        children = sorted(path.iterdir())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    for child in children:
+        yield from _files(child, (*above, real))
+
+
 def _places(source: Path, wanted: tuple[str, ...], whole: bool) -> tuple[dict[str, Path], tuple[str, ...]]:
     """Returns ({part: where to look for it}, what else is there), as `hub.fetch` does for a repository."""
     index = source / pipelines.INDEX
@@ -202,12 +221,14 @@ def file_name(stored: Stored) -> str:
 
 def _check_apart(plan: Plan) -> None:
     """Raises UserError where writing would replace what is read, or write into what is copied."""
-    to = plan.to.resolve()
-    for path in [Path(stored.path).resolve() for stored in plan.stored.values()]:
+    to, files = plan.to.resolve(), plan.files()
+    for path in (Path(path).resolve() for path in (*(stored.path for stored in plan.stored.values()), *files.values())):
         if to == path or to in path.parents:
             raise UserError(f"{plan.to}: holds what is read ({path}); choose another path")
-    for path in [path.resolve() for path in plan.copies.values()]:
-        if path == to or path in to.parents or to in path.parents:
+    # Also the folders that links lead to.
+    folders = [file.parent for place, file in files.items() if "/" in place]
+    for path in (path.resolve() for path in (*plan.copies.values(), *folders)):
+        if path == to or path in to.parents:
             raise UserError(f"{plan.to}: is part of what is copied ({path}); choose another path")
 
 

@@ -11,7 +11,7 @@ import functools
 import math
 import pickle
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -218,17 +218,33 @@ def _index(state: Mapping[str, Any]) -> Any:
 
 
 def _check_chunks(name: str, entry: Any, places: Mapping[Any, _Place]) -> None:
-    """Checks that a tensor's chunks lie within it, are stored somewhere and are as many elements as it has."""
+    """Checks that a tensor's chunks lie within it, are stored somewhere and are the whole of it, each element once."""
     for chunk in entry.chunks:
         ends = zip(chunk.offsets, chunk.sizes, entry.size, strict=True)
         if any(offset < 0 or size < 0 or offset + size > whole for offset, size, whole in ends):
             raise ValueError(f"{name} of shape {list(entry.size)} has a chunk beyond it")
         if _index({"fqn": name, "offset": chunk.offsets}) not in places:
             raise ValueError(f"{name} has a chunk at {list(chunk.offsets)} that is stored nowhere")
-    offsets = {chunk.offsets for chunk in entry.chunks}
+    # As many elements as it has, and none twice: none is left out.
     count = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
-    if len(offsets) < len(entry.chunks) or count != math.prod(entry.size):
-        raise ValueError(f"the chunks of {name} are not the whole of it")
+    if count != math.prod(entry.size) or _overlap(entry.chunks):
+        raise ValueError(f"the chunks of {name} are not the whole of it, each element once")
+
+
+def _overlap(chunks: Iterable[Any]) -> bool:
+    """Returns whether any two chunks have an element in common."""
+    boxes = sorted(
+        [(offset, offset + size) for offset, size in zip(chunk.offsets, chunk.sizes, strict=True)]
+        for chunk in chunks
+        if math.prod(chunk.sizes)
+    )
+    live: list[list[tuple[int, int]]] = []  # those that reach the row at which the box begins
+    for box in boxes:
+        live = [other for other in live if not box or other[0][1] > box[0][0]]
+        if any(all(a < d and c < b for (a, b), (c, d) in zip(box, other, strict=True)) for other in live):
+            return True
+        live.append(box)
+    return False
 
 
 def _check_files(folder: Path, places: Mapping[Any, _Place]) -> None:

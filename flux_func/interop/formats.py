@@ -25,6 +25,11 @@ def layout(cfg: Config, format: str) -> Layout:
     return _LAYOUTS[part_of(cfg), format](cfg)
 
 
+def qk_norm_eps(format: str) -> float:
+    """Returns the epsilon of the query and key norms that a format's programs compute with, which no file says."""
+    return torchtitan.QK_NORM_EPS if format == "torchtitan" else diffusers.FIXED["qk_norm_eps"]
+
+
 def metadata(cfg: Config) -> dict[str, str]:
     """Returns the metadata of our safetensors files: "format", which transformers wants, and the configuration."""
     return {"format": "pt", "flux_func": json.dumps(to_json(cfg))}

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from flux_func.errors import UserError
+from flux_func.interop.pipelines import FOLDERS, INDEX
 
 PREFIX = "hf://"
-# What a repository calls its parts: a file in its root, as Black Forest Labs keep them, or else a folder of diffusers.
+# What a repository calls its parts: a file in its root, as Black Forest Labs keep them, or else one of `FOLDERS`.
 FILES = {"transformer": "flux1*.safetensors", "autoencoder": "ae.safetensors"}
-FOLDERS = {"transformer": "transformer", "autoencoder": "vae"}
-INDEX = "model_index.json"
 # Of a folder's files those are read: neither pickles, nor other frameworks' weights, nor pictures.
 SUFFIXES = (".safetensors", ".json", ".txt", ".model")
 # diffusers' names of weights in a second precision, beside the plain ones.

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from flux_func import tree
 from flux_func.errors import UserError
-from flux_func.interop import bfl, diffusers, formats, strangers, torchtitan
+from flux_func.interop import bfl, diffusers, formats, strangers
 from flux_func.interop.safetensors_io import Tensors
 from flux_func.interop.spans import Shape
 from flux_func.interop.stored import Config, Stored, from_json, part_of
@@ -85,13 +85,13 @@ def stored(
       UserError: the tensors are something else, or not exactly those of a model.
     """
     kind = _kind(path, tensors, part)
-    full = _names(kind, tensors.shapes, others)
+    full = _names(path, kind, tensors.shapes, others)
     shapes = {name: tensors.shapes[full[name]] for name in full}
     dtypes = {name: tensors.dtypes[full[name]] for name in full}
     try:
         cfg = _config(kind, shapes, tensors.metadata, saved)
         layout = formats.layout(cfg, kind.format)
-    except (KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{path}: does not tell its model: {error}; get it again") from error
     if unfit := tree.differences(shapes, layout.theirs):
         raise UserError(f"{path}: does not hold exactly the {kind.part} that it seems to be, {unfit}")
@@ -125,12 +125,17 @@ def _kind(path: str | Path, tensors: Tensors, part: str | None) -> Kind:
     raise UserError(f"{path}: is not recognized as FLUX's (it holds {names} ...); give a transformer or an autoencoder")
 
 
-def _names(kind: Kind, names: Iterable[str], others: bool) -> dict[str, str]:
+def _names(path: str | Path, kind: Kind, names: Iterable[str], others: bool) -> dict[str, str]:
     """Returns {the format's name: the name in the file} of the tensors that are to be the model's."""
     mine = {name.removeprefix(kind.prefix): name for name in names if name.startswith(kind.prefix)}
+    roots = {name.split(".")[0] for name in formats.layout(_PROTOTYPES[kind.part], kind.format).theirs}
+    if strays := [name for name in names if not name.startswith(kind.prefix) and name.split(".")[0] in roots]:
+        raise UserError(
+            f"{path}: holds the {kind.part} behind {kind.prefix!r}, and {len(strays)} of its tensors without, such as "
+            f"{min(strays)!r}; get it again, or keep one of two models"
+        )
     if not others:
         return mine
-    roots = {name.split(".")[0] for name in formats.layout(_PROTOTYPES[kind.part], kind.format).theirs}
     return {name: full for name, full in mine.items() if name.split(".")[0] in roots}
 
 
@@ -217,6 +222,4 @@ def _count(names: Iterable[str], pattern: str) -> int:
 
 def _eps(kind: Kind) -> float:
     # ComfyUI has torchtitan's names too, behind its prefix, and BFL's epsilon.
-    return (
-        torchtitan.QK_NORM_EPS if kind.format == "torchtitan" and not kind.prefix else FLAVORS["flux-dev"].qk_norm_eps
-    )
+    return formats.qk_norm_eps("bfl" if kind.prefix else kind.format)

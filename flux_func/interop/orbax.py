@@ -142,9 +142,8 @@ def open_checkpoint(path: str | Path, step: int | None = None, ema: bool = False
     checkpoint, member = _choose(Path(path), step), "ema" if ema else "params"
     there = members(checkpoint)
     if member not in there:
-        raise UserError(
-            f"{checkpoint}: holds no {member}, but {', '.join(there) or 'nothing'}; name another checkpoint"
-        )
+        remedy = "a run keeps it where ema.decay is set" if ema and there else "name another checkpoint"
+        raise UserError(f"{checkpoint}: holds no {member}, but {', '.join(there) or 'nothing'}; {remedy}")
     with _damage(checkpoint):
         cfg = read_model(checkpoint)
         found = {name: describe(checkpoint, name) for name in there}

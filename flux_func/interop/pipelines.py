@@ -12,6 +12,8 @@ from typing import Any
 from flux_func.errors import UserError
 
 INDEX = "model_index.json"
+# The folders of the parts that are read and written in several formats, by our names of those parts.
+FOLDERS = {"transformer": "transformer", "autoencoder": "vae"}
 # Each part and its class; None: any (the same tokenizer goes by several names).
 PARTS = {
     "transformer": "FluxTransformer2DModel",

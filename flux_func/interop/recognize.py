@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from flux_func.errors import UserError
-from flux_func.interop import formats, identify, safetensors_io, strangers
+from flux_func.interop import formats, identify, pipelines, safetensors_io, strangers
 from flux_func.interop.safetensors_io import Tensors
 from flux_func.interop.stored import Stored, part_of
 
 _INDEX = ".safetensors.index.json"
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
-# A pipeline's folder of each part, and diffusers' classes of them.
-_FOLDERS = {"transformer": "transformer", "autoencoder": "vae"}
+# diffusers' classes of the parts.
 _CLASSES = ("FluxTransformer2DModel", "AutoencoderKL")
 
 
@@ -35,8 +34,8 @@ def find(path: str | Path, part: str | None = None) -> Stored:
     Raises:
       UserError: there is nothing, something else (the line says what), or weights that are not whole.
     """
-    if part not in (None, *_FOLDERS):
-        raise ValueError(f"part {part!r} should be None, {' or '.join(map(repr, _FOLDERS))}")
+    if part not in (None, *pipelines.FOLDERS):
+        raise ValueError(f"part {part!r} should be None, {' or '.join(map(repr, pipelines.FOLDERS))}")
     path = Path(path)
     if path.is_dir():
         return _folder(path, part)
@@ -67,7 +66,7 @@ def _folder(path: Path, part: str | None) -> Stored:
         return stored
     if (path / "snapshots").is_dir():
         return _folder(_snapshot(path), part)
-    if any((inner := path / _FOLDERS[part or "transformer"]).glob("*.safetensors*")):
+    if any((inner := path / pipelines.FOLDERS[part or "transformer"]).glob("*.safetensors*")):
         return _folder(inner, part or "transformer")
     saved = _config(path)
     _check_class(path, saved, part)
@@ -96,7 +95,7 @@ def _choose(folder: Path, part: str | None, saved: Mapping[str, Any] | None) -> 
     if not candidates:
         raise UserError(f"{folder}: {_absence(folder)}")
     parts = {file: _parts(file) for file in candidates}
-    for wanted in _FOLDERS if part is None else (part,):
+    for wanted in pipelines.FOLDERS if part is None else (part,):
         fitting = [file for file in candidates if wanted in parts[file]]
         if len(fitting) == 1:
             return fitting[0]
@@ -140,25 +139,22 @@ def _config(folder: Path) -> dict[str, Any] | None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); get it again") from error
-    return saved if isinstance(saved, dict) else {}
+    return pipelines.read_json(path) if path.is_file() else {}
 
 
 def _check_class(path: Path, saved: Mapping[str, Any] | None, part: str | None) -> None:
     if saved is None:
         pipeline = _json(path / "model_index.json").get("_class_name")
         if pipeline and not any(path.glob("*.safetensors")):
-            folder = _FOLDERS[part or "transformer"]
+            folder = pipelines.FOLDERS[part or "transformer"]
             raise UserError(f"{path}: is a {pipeline} without safetensors files in {folder}/; FLUX.1's are read")
         return
-    name = saved.get("_class_name") or ", ".join(saved["architectures"])
+    named = saved.get("_class_name") or saved.get("architectures")
+    name = ", ".join(map(str, named)) if isinstance(named, list) else named
     if name not in _CLASSES:
-        raise UserError(f"{path}: is a {name}, by its config.json; {' and '.join(_CLASSES)} are read")
+        raise UserError(
+            f"{path}: is a {name or 'model of no class'}, by its config.json; {' and '.join(_CLASSES)} are read"
+        )
     if "quantization_config" in saved:
         raise UserError(f"{path}: is quantized, by its config.json; use the model's full weights")
     if name == "AutoencoderKL" and saved.get("latent_channels") != 16:
@@ -190,6 +186,6 @@ def _dcp(folder: Path, part: str | None) -> Stored:
 
     tensors, sidecar = dcp.open_folder(folder), folder / formats.SIDECAR
     if sidecar.is_file():
-        said = {**tensors.metadata, "flux_func": sidecar.read_text(encoding="utf-8")}
+        said = {**tensors.metadata, "flux_func": json.dumps(pipelines.read_json(sidecar))}
         tensors = replace(tensors, metadata=said)
     return identify.stored(folder, tensors, part, others=True)

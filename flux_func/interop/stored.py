@@ -1,12 +1,14 @@
 """Weights at rest: what they are, and how to read them a few rows at a time."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
+from absl import logging
 from torch import Tensor
 
 from flux_func import tree
@@ -17,6 +19,8 @@ from flux_func.models.flux import FluxConfig
 from flux_func.models.layers import Params
 
 Config = FluxConfig | AutoencoderConfig
+# The narrowest first, by what they reach.
+_WIDE = (torch.bfloat16, torch.float32, torch.float64)
 _MODELS = {"transformer": FluxConfig, "autoencoder": AutoencoderConfig}
 
 
@@ -94,14 +98,26 @@ class Stored:
         return tree.unflatten(flat)
 
 
-def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """Returns a tensor in another type; UserError where a value of it lies beyond what that type reaches."""
+def cast(tensor: Tensor, dtype: torch.dtype, name: str, field: str = "dtype") -> Tensor:
+    """Returns a tensor in another type; UserError, of the field, where a value lies beyond what that type reaches."""
     most = torch.finfo(dtype).max
-    # bfloat16 and what is wider reach as far as float32, but for a hair.
-    if dtype != tensor.dtype and most < torch.finfo(torch.bfloat16).max and tensor.numel():
-        wide = tensor.float() if tensor.itemsize == 1 else tensor
-        largest = max(-wide.min().item(), wide.max().item())
-        if largest > most:
-            kind = str(dtype).removeprefix("torch.")
-            raise UserError(f"dtype is {kind}: {name} reaches {largest:.3g}, beyond {most:.3g}; use bfloat16")
+    if most < torch.finfo(tensor.dtype).max and tensor.numel():
+        low, high = torch.aminmax(tensor.float() if tensor.itemsize == 1 else tensor)
+        largest = max(-low.item(), high.item())
+        # What is infinite or no number already stays so in any type.
+        if most < largest < math.inf:
+            wider = next(kind for kind in _WIDE if torch.finfo(kind).max >= largest)
+            raise UserError(
+                f"{field} is {_name(dtype)}: {name} reaches {largest:.3g}, beyond {most:.3g}; use {_name(wider)}"
+            )
     return tensor.to(dtype)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def warn_of_left_out(weights: Stored) -> None:
+    """Logs what lies beside the weights and is not read, where there is any."""
+    if weights.left_out:
+        logging.warning("%s: left out: %s", weights.path, ", ".join(weights.left_out))

@@ -47,7 +47,8 @@ SUFFIXES = (*_PICKLES, ".gguf")
 
 def name(names: Iterable[str]) -> str:
     """Returns what else than FLUX.1's transformer or autoencoder has such names, and the remedy; "" if unknown."""
-    names = tuple(names)
+    # A text encoder beside the model in an all-in-one file may be quantized, or anything; it is not read.
+    names = tuple(name for name in names if not name.startswith("text_encoders."))
     for pattern, what, remedy in _BY_NAME:
         search = re.compile(pattern).search
         if found := next((name for name in names if search(name)), None):

@@ -13,16 +13,14 @@ from torch import Tensor
 
 from flux_func import tree
 from flux_func.errors import UserError
-from flux_func.interop import diffusers, formats, recognize, safetensors_io, target, torchtitan
+from flux_func.interop import diffusers, formats, recognize, safetensors_io, target
 from flux_func.interop.spans import Shape
-from flux_func.interop.stored import Config, Stored, cast, to_json
+from flux_func.interop.stored import Config, Stored, cast, to_json, warn_of_left_out
 from flux_func.models.autoencoder import AutoencoderConfig
 from flux_func.models.flux import FluxConfig
 from flux_func.models.layers import Params
 
 FORMATS = ("bfl", "diffusers", "torchtitan", "orbax")
-# The epsilon of the query and key norms that the readers of a format compute with; ours reads a file's own.
-_EPS = {"bfl": 1e-6, "diffusers": diffusers.FIXED["qk_norm_eps"], "torchtitan": torchtitan.QK_NORM_EPS}
 Shapes = Mapping[str, Shape]
 Types = Mapping[str, torch.dtype]
 Read = Callable[[str], Tensor]
@@ -76,8 +74,7 @@ def load(
       UserError: there are no such weights; the line says what there is.
     """
     stored = recognize.find(path, part)
-    if stored.left_out:
-        logging.warning("%s: left out: %s", path, ", ".join(stored.left_out))
+    warn_of_left_out(stored)
     return stored.params(dtype, device), stored.cfg
 
 
@@ -175,10 +172,9 @@ def _check_sayable(cfg: FluxConfig, format: str) -> None:
 
 
 def _warn_of_eps(path: Path, cfg: Config, format: str) -> None:
-    if not isinstance(cfg, FluxConfig):
-        return
-    eps = _EPS.get(format, cfg.qk_norm_eps)
-    if eps != cfg.qk_norm_eps:
+    eps = formats.qk_norm_eps(format)
+    # Our own checkpoints say it, and nobody else reads them.
+    if isinstance(cfg, FluxConfig) and format != "orbax" and cfg.qk_norm_eps != eps:
         logging.warning(
             "%s: this model has qk_norm_eps %g; readers of format %s use %g", path, cfg.qk_norm_eps, format, eps
         )

@@ -46,6 +46,9 @@ class AutoencoderConfig:
     def __post_init__(self):
         if self.kind not in ("dct", "kl"):
             raise ValueError(f"kind {self.kind!r} should be 'dct' or 'kl'")
+        layers.check_numbers(self)
+        if not self.ch_mult or any(not isinstance(multiple, int) or multiple < 1 for multiple in self.ch_mult):
+            raise ValueError(f"ch_mult {self.ch_mult!r} should be whole numbers from 1 on")
         if self.kind == "dct" and self.z_channels != len(dct.CHANNELS):
             raise ValueError(f"z_channels {self.z_channels} should be {len(dct.CHANNELS)}, dct's number")
         if self.ch % _GROUPS:

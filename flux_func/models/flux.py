@@ -38,6 +38,7 @@ class FluxConfig:
     qk_norm_eps: float = 1e-6
 
     def __post_init__(self):
+        layers.check_numbers(self)
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} should be a multiple of num_heads {self.num_heads}")
         if sum(self.axes_dim) != self.head_dim or any(dim % 2 for dim in self.axes_dim):

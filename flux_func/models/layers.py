@@ -6,7 +6,7 @@ C = H * D hidden size.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -16,6 +16,19 @@ from torch import Tensor
 
 Params = dict[str, Any]
 Rope = tuple[Tensor, Tensor]
+
+
+def check_numbers(cfg: Any) -> None:
+    """Checks the numbers of a configuration, a dataclass: ValueError names a field that cannot be.
+
+    Whole numbers are counts and sizes, from 1 on (from 0 for a depth); all others are finite.
+    """
+    for field in fields(cfg):
+        value, least = getattr(cfg, field.name), 0 if field.name.startswith("depth") else 1
+        if field.type is int and (not isinstance(value, int) or value < least):
+            raise ValueError(f"{field.name} {value!r} should be a whole number from {least} on")
+        if field.type is float and (not isinstance(value, (int, float)) or not math.isfinite(value)):
+            raise ValueError(f"{field.name} {value!r} should be a finite number")
 
 
 def linear(params: Params, x: Tensor, path: str) -> Tensor:

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import inspect
 import os
+import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ _PARTS = {
     "t5": ("text_encoder_2", "tokenizer_2", "t5", "T5EncoderModel", ("tokenizer.json", "spiece.model")),
     "clip": ("text_encoder", "tokenizer", "clip_text_model", "CLIPTextModel", ("tokenizer.json", "vocab.json")),
 }
+_LAYER = re.compile(r"(text_model\.)?encoder\.(block|layers)\.")
 _PADDING = 0
 
 
@@ -102,7 +104,7 @@ def load(
 
     Raises:
       ValueError: naming text.path (or text.t5, text.clip), where files are missing there, are pickles, cannot be read
-        or lack tensors.
+        or hold other tensors of the encoder than config.json gives.
     """
     if cfg.kind == "hash":
         return {}
@@ -291,9 +293,14 @@ def _pretrained(cfg: TextConfig, part: str, dtype: torch.dtype) -> torch.nn.Modu
             output_loading_info=True,
         )
     lacking = sorted([*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])])
-    if lacking:
-        what = f"lacks {len(lacking)} tensors of the shape config.json gives, such as {lacking[0]}"
-        raise _fault(cfg, part, f"{model_at or 'the model'} {what}")
+    # A whole T5 has a decoder too, and a whole CLIP a vision model; a layer of the encoder itself must not be dropped.
+    surplus = sorted(name for name in report["unexpected_keys"] if _LAYER.match(name))
+    for names, what in (
+        (lacking, "lacks {} tensors of the shape config.json gives"),
+        (surplus, "holds {} tensors of layers beyond those config.json gives"),
+    ):
+        if names:
+            raise _fault(cfg, part, f"{model_at or 'the model'} {what.format(len(names))}, such as {names[0]}")
     return model
 
 

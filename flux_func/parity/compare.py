@@ -1,6 +1,7 @@
 """Our answers to a problem, held against the reference's."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from flux_func.models.text import TextConfig
 from flux_func.parallel import fold
 from flux_func.parity import exchange
 from flux_func.parity.problem import Problem
-from flux_func.parity.rows import BOUNDS, Row, relative, relative_row
+from flux_func.parity.rows import BOUNDS, Row, relative, relative_row, worst
 from flux_func.transforms import precision
 
 Say = Callable[[str], object]
@@ -102,6 +103,14 @@ def _forward(problem: Problem, params: Params, arguments: dict, theirs: dict[str
             BOUNDS["bfloat16"] * their_error,
             f"{BOUNDS['bfloat16']} x the reference's own {their_error:.2e}",
         ),
+        # Float32 would be within any bound from above.
+        Row(
+            "forward",
+            "bfloat16 is used",
+            "the reference's error over ours",
+            their_error / error if error else math.inf,
+            BOUNDS["bfloat16 used"],
+        ),
     ]
 
 
@@ -135,9 +144,8 @@ def _stages(problem: Problem, params: Params, arguments: dict, theirs: dict[str,
         expected = {"img": theirs["forward"]} if after is None else _before(theirs, after.name)
         ours = flux.bind(stage, Ops())(stage.select(params), carry, const)
         errors = {name: relative(ours[name], value) for name, value in expected.items()}
-        worst = max(errors, key=errors.get)
-        bound = BOUNDS["join" if stage.name == "join" else "stage"]
-        rows.append(Row("stages", stage.name, "relative", errors[worst], bound, worst, stage.name))
+        where, bound = worst(errors), BOUNDS["join" if stage.name == "join" else "stage"]
+        rows.append(Row("stages", stage.name, "relative", errors[where], bound, where, stage.name))
         carry = {"vec": theirs["double_blocks.0/vec"], **expected}
     return rows
 
@@ -165,10 +173,8 @@ def _gradients(
         by_stage |= {stage.name: leaves} if leaves else {}
     rows = [relative_row("gradients", "the loss itself", loss.reshape(1), theirs["loss"], "loss")]
     for stage, leaves in by_stage.items():
-        worst = max(leaves, key=errors.get)
-        rows.append(
-            Row("gradients", stage, "relative, worst leaf", errors[worst], BOUNDS["gradient"], worst, stage=stage)
-        )
+        where = worst({leaf: errors[leaf] for leaf in leaves})
+        rows.append(Row("gradients", stage, "relative, worst leaf", errors[where], BOUNDS["gradient"], where, stage))
     return rows
 
 
@@ -199,13 +205,16 @@ def _grad_and_value(problem: Problem, params: Params, inputs: dict[str, Tensor])
 def _sampler(problem: Problem, params: Params, folder: Path, out: Comparison) -> Tensor:
     inputs, theirs = (read(folder, "sampler", problem.device) for read in (exchange.inputs, exchange.answers))
     states: list[Tensor] = []
+    told: list[Tensor] = []
 
     def watch(fn: Callable, stage: flux.Stage) -> Callable:
         def watched(params: Params, carry: dict, const: dict) -> dict:
-            # A last bit of t turns 1000 t by 6e-5, which would hide the loop's own errors; schedules have rows too.
+            # A last bit of t turns 1000 t by 6e-5, which would hide the loop's own errors: what is told has a row.
             time = theirs["times"][len(states)]
-            states.append(carry["img"])
-            return fn(params, {**carry, "timesteps": time}, const)
+            ours = carry["timesteps"].reshape(-1, len(time))  # [2, B] where guided by no prompt beside the prompt
+            states.append(carry["img"][: len(time)])
+            told.append(ours)
+            return fn(params, {**carry, "timesteps": time.repeat(len(ours))}, const)
 
         return watched if stage.name == "stem" else fn
 
@@ -216,12 +225,13 @@ def _sampler(problem: Problem, params: Params, folder: Path, out: Comparison) ->
             **inputs,
             steps=problem.steps,
             guidance=problem.guidance if problem.cfg.guidance_embed else None,
+            cfg_scale=problem.cfg_scale,
             shift=problem.shift,
             image_seq_len=_shift_length(problem.reference, problem.image_tokens),
             ops=Ops(wrap_stage=watch),
         )
     states.append(flux.patchify(end))
-    out.rows += [*_schedules(problem, folder, theirs), *_trajectory(states, theirs)]
+    out.rows += [*_schedules(problem, folder, theirs), _told(told, theirs), *_trajectory(problem, states, theirs)]
     return end
 
 
@@ -230,10 +240,22 @@ def _shift_length(reference: str, image_tokens: int) -> int:
     return 4 * image_tokens if reference == "torchtitan" else image_tokens
 
 
-def _trajectory(states: list[Tensor], theirs: dict[str, Tensor]) -> Iterator[Row]:
+def _told(told: list[Tensor], theirs: dict[str, Tensor]) -> Row:
+    errors = {
+        f"step {step}": (ours - time).abs().max().item()
+        for step, (ours, time) in enumerate(zip(told, theirs["times"], strict=True), start=1)
+    }
+    where = worst(errors)
+    return Row("sampler", "times told to the model", "largest difference", errors[where], BOUNDS["schedule"], where)
+
+
+def _trajectory(problem: Problem, states: list[Tensor], theirs: dict[str, Tensor]) -> Iterator[Row]:
     yield relative_row("sampler", "noise in patches", states[0], theirs["x.0"], "patches")
+    # cfg_scale v_c - (cfg_scale - 1) v_u, whose errors are independent.
+    scale = problem.cfg_scale or 1
+    bound = BOUNDS["trajectory"] * math.hypot(scale, scale - 1)
     for step, state in enumerate(states[1:], start=1):
-        yield relative_row("sampler", f"after step {step}", state, theirs[f"x.{step}"], "trajectory")
+        yield Row("sampler", f"after step {step}", "relative", relative(state, theirs[f"x.{step}"]), bound)
 
 
 def _schedules(problem: Problem, folder: Path, theirs: dict[str, Tensor]) -> Iterator[Row]:
@@ -244,8 +266,8 @@ def _schedules(problem: Problem, folder: Path, theirs: dict[str, Tensor]) -> Ite
                 length = _shift_length(problem.reference, tokens) if shift else None
                 ours = timesteps.schedule(steps, length)
                 errors[f"{steps} steps, {tokens} tokens"] = (ours - theirs[f"schedule.{i}"].cpu()).abs().max().item()
-        worst, name = max(errors, key=errors.get), "shifted" if shift else "unshifted"
-        yield Row("sampler", f"schedule, {name}", "largest difference", errors[worst], BOUNDS["schedule"], worst)
+        where, name = worst(errors), "shifted" if shift else "unshifted"
+        yield Row("sampler", f"schedule, {name}", "largest difference", errors[where], BOUNDS["schedule"], where)
 
 
 # The autoencoder and the text encoders.
@@ -255,7 +277,7 @@ def _schedules(problem: Problem, folder: Path, theirs: dict[str, Tensor]) -> Ite
 def _autoencoder(problem: Problem, folder: Path, end: Tensor | None, out: Comparison) -> None:
     params, cfg = problem.autoencoder_params, problem.autoencoder_cfg
     inputs, theirs = (read(folder, "autoencoder", problem.device) for read in (exchange.inputs, exchange.answers))
-    latents = inputs["latents"] if end is None else exchange.answers(folder, "sampler", problem.device)["latents"]
+    latents = inputs["latents"] if end is None else exchange.answers(folder, "sampler", problem.device)["latents"][:1]
     mean = autoencoder.encode(params, cfg, inputs["images"])
     drawn = autoencoder.encode(params, cfg, inputs["corner"], theirs["noise"])
     decoded = autoencoder.decode(params, cfg, latents)
@@ -265,7 +287,7 @@ def _autoencoder(problem: Problem, folder: Path, end: Tensor | None, out: Compar
         relative_row("autoencoder", "decode", decoded, theirs["decoded"], "decode"),
     ]
     if end is not None:
-        images = {"ours": autoencoder.decode(params, cfg, end), "theirs": theirs["decoded"]}
+        images = {"ours": autoencoder.decode(params, cfg, end[:1]), "theirs": theirs["decoded"]}
         out.images |= {name: image[0].cpu() for name, image in images.items()}
         difference = (images["ours"].clamp(-1, 1) - images["theirs"].clamp(-1, 1)).abs().max().item() / 2
         out.rows.append(Row("image", "at the end", "largest difference", difference, BOUNDS["image"]))

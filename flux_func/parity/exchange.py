@@ -46,6 +46,7 @@ def ask(problem: Problem, folder: Path) -> None:
         "sampler": {
             "steps": problem.steps,
             "guidance": problem.guidance if problem.cfg.guidance_embed else None,
+            "cfg_scale": problem.cfg_scale,
             "shift": problem.shift,
             "schedules": problems.schedules(problem),
         },

@@ -32,10 +32,12 @@ class Problem:
       parts: which of `PARTS` are compared; "sampler" needs "transformer".
       autoencoder_cfg, autoencoder_params: of the part "autoencoder".
       text_path: a folder with text_encoder and text_encoder_2; "": small ones of the right widths, random.
-      conditioning: what the sampler is told, txt [1, L, context] and y [1, vec]; None: drawn.
+      conditioning: what the sampler is told, txt [2, L, context] and y [2, vec] of a prompt and of none; None: drawn.
+      stored_eps: the qk_norm_eps that the weights say, where it is not the reference's.
       seed: of everything drawn.
       batch, height, width, text_tokens: of the inputs; pixels, multiples of 16.
-      steps, guidance, shift: of the sampler; guidance is not looked at where the model takes none.
+      steps, guidance, cfg_scale, shift: of the sampler; guidance is not looked at where the model takes none, cfg_scale
+        None is without classifier-free guidance.
       device: of both sides.
     """
 
@@ -47,6 +49,7 @@ class Problem:
     autoencoder_params: Params | None = dataclasses.field(default=None, repr=False)
     text_path: str = ""
     conditioning: tuple[Tensor, Tensor] | None = dataclasses.field(default=None, repr=False)
+    stored_eps: float | None = None
     seed: int = 0
     batch: int = 2
     height: int = 128
@@ -54,6 +57,7 @@ class Problem:
     text_tokens: int = 64
     steps: int = 4
     guidance: float = 3.5
+    cfg_scale: float | None = None
     shift: bool = True
     device: str = "cpu"
 
@@ -100,14 +104,17 @@ def transformer_inputs(problem: Problem) -> dict[str, Tensor]:
 
 
 def sampler_inputs(problem: Problem) -> dict[str, Tensor]:
-    """Returns noise [1, c, h, w], txt [1, L, context] and y [1, vec] of one image."""
-    cfg = problem.cfg
-    txt, y = problem.conditioning or (
-        problem.normal("txt", 1, problem.text_tokens, cfg.context_in_dim),
-        problem.normal("y", 1, cfg.vec_in_dim),
-    )
-    noise = problem.normal("sampler", 1, cfg.out_channels // 4, *problem.latent_size)
-    return {"noise": noise, "txt": txt.to(problem.device), "y": y.to(problem.device)}
+    """Returns noise [B, c, h, w], txt [B, L, context] and y [B, vec]; uncond_txt and uncond_y where cfg_scale is."""
+    cfg, batch = problem.cfg, problem.batch
+    out = {"noise": problem.normal("sampler", batch, cfg.out_channels // 4, *problem.latent_size)}
+    for i, kind in enumerate(("", "uncond_") if problem.cfg_scale else ("",)):
+        if problem.conditioning:
+            txt, y = (value[i].to(problem.device).expand(batch, *value[i].shape) for value in problem.conditioning)
+        else:
+            txt = problem.normal(f"{kind}txt", batch, problem.text_tokens, cfg.context_in_dim)
+            y = problem.normal(f"{kind}y", batch, cfg.vec_in_dim)
+        out |= {f"{kind}txt": txt, f"{kind}y": y}
+    return out
 
 
 def schedules(problem: Problem) -> list[tuple[int, int, bool]]:

@@ -27,7 +27,7 @@ INSTALL = {
 _MODULES = {"bfl": ("fluxbfl",), "diffusers": ("diffusers",), "torchtitan": ("torchtitan", "triton")}
 _FIND = """
 import importlib.util as util, sys
-print(next((name for name in sys.argv[1:] if util.find_spec(name) is None), ""))
+print("lacks", next((name for name in sys.argv[1:] if util.find_spec(name) is None), ""))
 """
 
 
@@ -38,9 +38,10 @@ def check(reference: str, python: str) -> None:
         found = subprocess.run([python, "-c", _FIND, *wanted], **quiet, text=True, cwd=PROGRAM.parent)
     except OSError as error:
         raise UserError(f"--reference_python is {python!r}: cannot be run ({error.strerror})") from error
-    if found.returncode:
+    answered, _, lacking = found.stdout.strip().partition("lacks")
+    if found.returncode or answered or not found.stdout:
         raise UserError(f"--reference_python is {python!r}: {_last(found.stderr)}; should be a python")
-    if lacking := found.stdout.strip():
+    if lacking := lacking.strip():
         raise UserError(_missing(reference, python, lacking))
 
 

@@ -152,7 +152,7 @@ def _picture_section(images: Mapping[str, Tensor]) -> str:
     shown = {name: (image.clamp(-1, 1) + 1) / 2 for name, image in images.items()}
     difference = (shown["ours"] - shown["theirs"]).abs()
     largest = difference.max().item()
-    factor = _round(1 / largest) if largest else 1
+    factor = _round(1 / largest) if largest > 0 else 1
     pictures = {
         "the reference": shown["theirs"],
         "ours": shown["ours"],

@@ -1,5 +1,7 @@
 """What a comparison comes to: rows of measures and their bounds."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch import Tensor
 BOUNDS = {
     "forward": 1e-6,  # relative: the whole model in float32
     "bfloat16": 1.2,  # our error against the reference's float32, over the reference's own in bfloat16
+    "bfloat16 used": 10,  # the reference's error in bfloat16 over ours: float32 alone comes to ten thousands
     "loss": 1e-6,  # relative: one number
     "gradient": 3e-6,  # relative: the worst leaf
     "stage": 1e-6,  # relative: the worst of a stage's outputs; a single sample's matrix-vector products come to 4e-7
@@ -18,7 +21,7 @@ BOUNDS = {
     "rope": 2e-7,  # relative, for every 16 patches of the longer side: a float32 angle loses digits as it grows
     "patches": 0.0,  # without arithmetic
     "schedule": 3e-7,  # difference of a time: five roundings of a number up to 1
-    "trajectory": 1e-6,  # relative, as the forward passes that it adds up
+    "trajectory": 1e-6,  # relative, as the forward passes that it adds up; times what cfg_scale makes of them
     "encode": 1.2e-6,  # relative: 6e-7 from float64
     "decode": 1.8e-6,  # relative: 9e-7 from float64
     "image": 1 / 255,  # difference of a pixel, 1 being white: one step of an 8-bit image
@@ -61,6 +64,11 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
     theirs = theirs.double()
     error, size = (ours.double() - theirs).norm().item(), theirs.norm().item()
     return error / size if size else error
+
+
+def worst(errors: Mapping[str, float]) -> str:
+    """Returns the name of the largest error; not a number is beyond any."""
+    return max(errors, key=lambda name: (math.isnan(errors[name]), errors[name]))
 
 
 def relative_row(part: str, name: str, ours: Tensor, theirs: Tensor, bound: str, **rest: str) -> Row:

@@ -19,7 +19,7 @@ from flux_func import tree
 from flux_func.errors import UserError
 from flux_func.interop import arrays, orbax
 from flux_func.interop.orbax import find, steps
-from flux_func.interop.stored import to_json
+from flux_func.interop.stored import cast, to_json
 from flux_func.models.flux import FluxConfig
 from flux_func.train.state import DTYPES, size_in_bytes
 
@@ -97,9 +97,15 @@ def weights(state: Mapping[str, Any], dtype: str = "") -> dict[str, Any]:
     """Returns the state without its moments, in the type named ("": as it is).
 
     Saved, it is a weights-only checkpoint: there to sample from or to start from, not to resume from.
+
+    Raises:
+      UserError: a weight lies beyond what the type reaches.
     """
     kept = {member: subtree for member, subtree in state.items() if member != "opt"}
-    return tree.map(lambda leaf: leaf.to(DTYPES[dtype]), kept) if dtype else kept
+    if not dtype:
+        return kept
+    field = "checkpoint.export_dtype"
+    return tree.unflatten({path: cast(leaf, DTYPES[dtype], path, field) for path, leaf in tree.flatten(kept).items()})
 
 
 def check_room(

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from flux_func import tree
 from flux_func.errors import UserError
 from flux_func.interop import recognize
-from flux_func.interop.stored import Stored
+from flux_func.interop.stored import Stored, warn_of_left_out
 from flux_func.models import flux
 from flux_func.models.layers import Params, at_least_float32
 from flux_func.train.optimizer import Optimizer
@@ -21,11 +21,17 @@ IN_CHANNELS = 64
 
 
 def find_weights(path: str, part: str, field: str) -> Stored:
-    """Returns the weights at a path, unread; UserError names the field that the path was given by."""
+    """Returns the weights at a path, unread, and logs what is left out beside them.
+
+    Raises:
+      UserError: naming the field that the path was given by; see `recognize.find`.
+    """
     try:
-        return recognize.find(path, part)
+        weights = recognize.find(path, part)
     except UserError as error:
         raise UserError(f"{field} is {path!r}: {str(error).removeprefix(f'{path}: ')}") from error
+    warn_of_left_out(weights)
+    return weights
 
 
 def read_weights(weights: Stored, dtype: torch.dtype, device: torch.device) -> Params:

@@ -178,8 +178,8 @@ def test_a_wrong_config_file(tmp_path, capfd, name):
         (["--config=none.py", "--workdir={}/run"], "--config is 'none.py': no such file; see the folder configs/"),
         (["--config={}", "--workdir={}/run"], "--config is '{}': no such file; see the folder configs/"),
         (["--config", "--workdir={}/run"], "--config is '--workdir={}/run': no such file"),
-        (["--workdir={}/run"], "flag --config=None: Flag --config must have a value"),
-        (["--config={config}"], "flag --workdir=None: Flag --workdir must have a value"),
+        (["--workdir={}/run"], "--config is not given: Config file, such as configs/flux_debug.py"),
+        (["--config={config}"], "--workdir is not given: Folder of the run"),
         (["--config={config}", "--workdir="], "flag --workdir=: should name a folder"),
         (
             ["--config={config}", "--workdir={}/run", "--wrkdir=x"],

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import flux_func as ff
 from flux_func import convert_main, tree
+from flux_func.interop import target
 from tests.helpers import tiny_pipeline, tiny_run
 
 TINY = ff.flavor("flux-tiny")
@@ -212,11 +213,28 @@ def test_nothing_is_overwritten_unasked(inputs, tmp_path, capfd, format):
     assert os.listdir(tmp_path) == [to.name]
 
 
-def test_a_folder_with_anything_but_weights_is_never_overwritten(inputs, tmp_path, capfd):
-    (tmp_path / "new").mkdir()
-    (tmp_path / "new/thesis.tex").write_text("precious")
+@pytest.mark.parametrize("name", ["thesis.tex", "transformer/train.py"])
+def test_a_folder_with_anything_but_weights_is_never_overwritten(inputs, tmp_path, capfd, name):
+    (tmp_path / "new" / name).parent.mkdir(parents=True)
+    (tmp_path / "new" / name).write_text("precious")
     line = refused(capfd, tmp_path, *right(inputs, tmp_path / "new", "diffusers"), "--overwrite")
-    assert line.startswith(f"{tmp_path}/new: holds 'thesis.tex' beside weights and is not overwritten"), line
+    assert line.startswith(f"{tmp_path}/new: holds '{name}' beside weights and is not overwritten"), line
+
+
+@pytest.mark.parametrize("format", ["diffusers", "torchtitan", "orbax", "bfl"])
+def test_a_file_of_anything_but_weights_is_never_overwritten(inputs, tmp_path, capfd, format):
+    (tmp_path / "thesis").write_text("precious")
+    line = refused(capfd, tmp_path, *right(inputs, tmp_path / "thesis", format), "--overwrite")
+    assert line.startswith(f"{tmp_path}/thesis: is no safetensors file and is not overwritten"), line
+
+
+def test_what_another_process_writes_is_left_to_it(inputs, tmp_path, capfd):
+    to = tmp_path / "new.safetensors"
+    with target.beside(to) as partial:
+        partial.write_text("half")
+        line = fails_in_the_middle(capfd, tmp_path, right(inputs, to))
+    assert line.startswith(f"convert_main: error: {to}: is being written by another process"), line
+    assert to.read_text() == "half" and os.listdir(tmp_path) == [to.name]
 
 
 @pytest.mark.parametrize("name", ["right.safetensors", ""])

@@ -13,7 +13,8 @@ from flux_func import convert_main, tree
 from tests.helpers import tiny_pipeline, tiny_run
 
 TARGETS = {"bfl": "new.safetensors", "diffusers": "new", "torchtitan": "new", "orbax": "new", "pipeline": "new"}
-# Forks a process for each command line, with a progress bar that kills it at its n-th step.
+# Forks a process for each command line, which is killed at the n-th step of its progress bar, or once --to has been
+# renamed away.
 KILLED = """
 import json, os, signal, sys
 from flux_func import convert_main
@@ -29,7 +30,16 @@ class Bar:
         if not Bar.left:
             os.kill(os.getpid(), signal.SIGKILL)
 
-convert_main.tqdm = Bar
+real = os.rename
+def rename(source, to):
+    real(source, to)
+    if os.path.basename(to) == "old":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if sys.argv[2] == "write":
+    convert_main.tqdm = Bar
+else:
+    os.rename = rename
 for arguments in json.loads(sys.argv[1]):
     child = os.fork()
     if not child:
@@ -62,13 +72,18 @@ def assert_whole(sources, to, kind):
         assert tiny_run.identical(ours, theirs)
 
 
-def test_killed(sources, tmp_path, capfd):
-    lines = {kind: arguments(sources, tmp_path / kind / name, kind) for kind, name in TARGETS.items()}
-    command = [sys.executable, "-c", KILLED, json.dumps(list(lines.values()))]
+def kill(lines, where):
+    """Runs convert_main with each of several command lines; each is killed at "write" or "rename"."""
+    command = [sys.executable, "-c", KILLED, json.dumps(list(lines)), where]
     environment = {**os.environ, "PYTHONPATH": str(tiny_run.ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     codes = [line for line in done.stdout.splitlines() if line.lstrip("-").isdigit()]
-    assert codes == [str(-signal.SIGKILL)] * len(TARGETS), done.stderr
+    assert codes == [str(-signal.SIGKILL)] * len(lines), done.stderr
+
+
+def test_killed(sources, tmp_path, capfd):
+    lines = {kind: arguments(sources, tmp_path / kind / name, kind) for kind, name in TARGETS.items()}
+    kill(lines.values(), "write")
     for kind, name in TARGETS.items():
         folder = tmp_path / kind
         assert os.listdir(folder) == [f".{name}.partial"]
@@ -77,6 +92,23 @@ def test_killed(sources, tmp_path, capfd):
         assert tiny_run.program(convert_main, *lines[kind]) == 0
         assert os.listdir(folder) == [name]
         assert_whole(sources, folder / name, kind)
+
+
+def test_killed_between_the_renames(sources, tmp_path, capfd):
+    """Where a folder is overwritten, the old one is away for a moment; the next try puts it back."""
+    to = {kind: tmp_path / kind / name for kind, name in TARGETS.items() if name == "new"}
+    lines = {kind: arguments(sources, path, kind) for kind, path in to.items()}
+    contents = {}
+    for kind, line in lines.items():
+        assert tiny_run.program(convert_main, *line) == 0
+        contents[kind] = tiny_run.snapshot(to[kind])
+    kill([[*line, "--overwrite", "--dtype=bfloat16"] for line in lines.values()], "rename")
+    for kind, line in lines.items():
+        assert os.listdir(tmp_path / kind) == [".new.partial"]
+        capfd.readouterr()
+        assert tiny_run.program(convert_main, *line) == 2
+        assert f"{to[kind]}: is there already" in capfd.readouterr().err
+        assert os.listdir(tmp_path / kind) == ["new"] and tiny_run.snapshot(to[kind]) == contents[kind]
 
 
 @pytest.mark.parametrize("kind", TARGETS)
@@ -103,5 +135,5 @@ def test_interrupted_as_by_the_keyboard(sources, tmp_path, monkeypatch, capfd, k
         capfd.readouterr()
         assert tiny_run.program(convert_main, *arguments(sources, to, kind), *more) == 128 + signal.SIGINT
     err = capfd.readouterr().err
-    assert "Traceback" not in err and err.splitlines()[-1] == f"interrupted: {to} is as it was"
+    assert "Traceback" not in err and err.splitlines()[-1] == f"interrupted: {to} is as it was, or new and whole"
     assert tiny_run.snapshot(to) == before and os.listdir(tmp_path) == ([to.name] if there else [])

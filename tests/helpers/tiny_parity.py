@@ -18,8 +18,13 @@ def pose(reference: str, cfg: flux.FluxConfig, **fields: Any) -> Problem:
     return Problem(reference, cfg, flux.init(cfg, scheme="nonzero"), **{**usual, "text_tokens": 5, **fields})
 
 
-def solve(posed: Problem, folder: Path, corrupt: str | None = None) -> compare.Comparison:
-    """Returns our side against the reference's, which answers in this process."""
+def ask(posed: Problem, folder: Path) -> None:
+    """Fills a folder with a problem and the reference's answers, which it gives in this process."""
     exchange.ask(posed, folder)
     process.answer_here(posed.reference, folder)
+
+
+def solve(posed: Problem, folder: Path, corrupt: str | None = None) -> compare.Comparison:
+    """Returns our side against the reference's, which answers in this process."""
+    ask(posed, folder)
     return compare.compare(posed, compare.damaged(posed.params, corrupt) if corrupt else posed.params, folder)

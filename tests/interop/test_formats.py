@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from fluxbfl.model import Flux, FluxParams
 from fluxbfl.modules.autoencoder import AutoEncoder, AutoEncoderParams
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flux_func.interop import bfl, diffusers, formats, torchtitan
@@ -122,6 +122,19 @@ def test_bfl_shapes_give_back_the_configuration():
     for cfg in (DEV, FILL, flux.flavor("flux-digits")):
         assert bfl.transformer_config(bfl.paths(cfg)) == cfg
     assert bfl.vae_config(autoencoder.shapes(KL)) == KL
+
+
+@given(st.integers(1, 40), st.integers(1, 25_000))
+@example(7, 899)  # 896 * (899 / 896) is below 899
+@example(24, 12_288)
+@settings(max_examples=50, deadline=None)
+def test_any_width_of_the_hidden_layer_is_told_by_shapes(heads, width):
+    cfg = dataclasses.replace(DEV, hidden_size=heads * 128, num_heads=heads, depth=1, depth_single_blocks=0)
+    shapes = bfl.paths(cfg) | {"double_blocks.0.img_mlp.0.weight": (width, cfg.hidden_size)}
+    told = bfl.transformer_config(shapes)
+    # As BFL and torchtitan compute it.
+    assert told.mlp_size == int(told.hidden_size * told.mlp_ratio) == width
+    assert told.mlp_ratio == pytest.approx(width / cfg.hidden_size, rel=1e-15)
 
 
 @pytest.mark.parametrize(("field", "value"), [("norm_num_groups", 16), ("act_fn", "gelu"), ("use_quant_conv", True)])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import time
 
 import pytest
@@ -89,6 +90,25 @@ def test_comfyuis_prefix_and_its_other_branches():
     assert identify.stored("x", tensors(named)).cfg == DEV
 
 
+def test_a_quantized_text_encoder_beside_the_model_is_no_matter():
+    found = {f"model.diffusion_model.{name}": shape for name, shape in shapes_of(DEV).items()}
+    found |= {"text_encoders.t5xxl.transformer.scaled_fp8": (0,)}
+    assert identify.stored("x", tensors(found)).left_out == ("text_encoders (1 tensors)",)
+    with pytest.raises(UserError, match="x: is quantized with scales"):
+        identify.stored("x", tensors(found | {"model.diffusion_model.scaled_fp8": (0,)}))
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_a_models_tensor_outside_its_prefix_is_not_left_out(others):
+    found = {f"model.diffusion_model.{name}": shape for name, shape in shapes_of(DEV).items()}
+    message = "behind 'model.diffusion_model.', and 1 of its tensors without, such as 'single_blocks.38.linear1.bias'"
+    with pytest.raises(UserError, match=message):
+        identify.stored("x", tensors(found | {"single_blocks.38.linear1.bias": (3,)}), others=others)
+    found = {f"vae.{name}": shape for name, shape in shapes_of(KL).items()} | {"decoder.conv_in.bias": (512,)}
+    with pytest.raises(UserError, match="holds the autoencoder behind 'vae.', and 1 of its tensors without"):
+        identify.stored("x", tensors(found), "autoencoder", others=others)
+
+
 def test_a_training_checkpoints_other_branches_are_left_out_where_expected():
     found = shapes_of(DEV, "torchtitan") | {"optimizer.state.img_in.weight.exp_avg": (3072, 64), "lr_scheduler": ()}
     stored = identify.stored("x", tensors(found, {"train_state.step": "not a tensor"}), others=True)
@@ -98,6 +118,28 @@ def test_a_training_checkpoints_other_branches_are_left_out_where_expected():
     # What belongs to the model and is not in it is no other branch.
     with pytest.raises(UserError, match="not expected img_in.other"):
         identify.stored("x", tensors(found | {"img_in.other": (1,)}), others=True)
+
+
+@pytest.mark.parametrize(
+    "cfg, change",
+    [
+        (DEV, {"num_heads": 0}),
+        (DEV, {"num_heads": 24.0}),
+        (DEV, {"hidden_size": "3072"}),
+        (DEV, {"depth": -1}),
+        (DEV, {"qk_norm_eps": None}),
+        (DEV, {"mlp_ratio": math.inf}),
+        (KL, {"ch": 0}),
+        (KL, {"ch_mult": [1, 0]}),
+        (KL, {"ch_mult": []}),
+        (KL, {"scale_factor": "0.3"}),
+        (KL, {"shift_factor": math.nan}),
+    ],
+)
+def test_numbers_that_cannot_be_are_named(cfg, change):
+    said = {"flux_func": json.dumps(to_json(cfg) | change)}
+    with pytest.raises(UserError, match=f"x: does not tell its model: {next(iter(change))} .* should be"):
+        identify.stored("x", tensors(shapes_of(cfg), said))
 
 
 def refused(cfg, format="bfl", **changes):

@@ -179,6 +179,26 @@ def test_config_json_says_what_shapes_do_not(files, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"scaling_factor": None}, "scale_factor None should be a finite number"),
+        ({"shift_factor": "0.1"}, "shift_factor '0.1' should be a finite number"),
+        ({"block_out_channels": [0, 64]}, "division"),
+        ({"block_out_channels": []}, "index out of range"),
+        ({"layers_per_block": [2, 2]}, "num_res_blocks"),
+    ],
+)
+def test_an_autoencoders_config_json_that_cannot_be(files, tmp_path, change, words):
+    shutil.copytree(files / "vae", tmp_path / "vae")
+    path = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(path), path)  # without our metadata
+    saved = json.loads((tmp_path / "vae" / "config.json").read_text())
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(saved | change))
+    with pytest.raises(UserError, match=f"vae: does not tell its model: .*{words}"):
+        recognize.find(tmp_path / "vae")
+
+
+@pytest.mark.parametrize(
     "saved, words",
     [
         ({"_class_name": "SD3Transformer2DModel"}, "is a SD3Transformer2DModel"),
@@ -187,6 +207,11 @@ def test_config_json_says_what_shapes_do_not(files, tmp_path):
         ({"_class_name": "FluxTransformer2DModel", "quantization_config": {}}, "is quantized"),
         ({"_class_name": "AutoencoderKL", "latent_channels": 4}, "an autoencoder of 4 channels"),
         ({"_class_name": "FluxTransformer2DModel", "num_layers": "x"}, "does not tell its model"),
+        ({"_class_name": "FluxTransformer2DModel", "num_attention_heads": 0}, "does not tell its model: hidden_size 0"),
+        ({"architectures": None}, "is a model of no class, by its config.json"),
+        ({"architectures": []}, "is a model of no class, by its config.json"),
+        ({"architectures": [1, "T5"]}, "is a 1, T5, by its config.json"),
+        ({"_class_name": None}, "is a model of no class, by its config.json"),
     ],
 )
 def test_other_models_folders_are_named(files, tmp_path, saved, words):
@@ -211,7 +236,7 @@ def test_what_is_not_there_and_what_holds_nothing(tmp_path):
     with pytest.raises(UserError, match="holds no weights"):
         recognize.find(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be read as JSON"):
+    with pytest.raises(UserError, match="config.json: is no JSON"):
         recognize.find(tmp_path)
     (tmp_path / "config.json").unlink()
     (tmp_path / "README.md").write_text("<!-- words -->")
@@ -234,6 +259,10 @@ def test_torchtitans_checkpoints(tmp_path):
         stored = recognize.find(path)
         assert holds_transformer(stored) and stored.format == "torchtitan"
         assert stored.path.endswith("step-5" if path.name == "step-5" else "step-10")
+    for content in (b"\xff\xfe", b"{", b"[]"):
+        (run / "checkpoint" / "step-10" / "flux_func.json").write_bytes(content)
+        with pytest.raises(UserError, match="step-10/flux_func.json: is no JSON"):
+            recognize.find(run)
     # torchtitan itself does not say the model.
     (run / "checkpoint" / "step-10" / "flux_func.json").unlink()
     assert recognize.find(run).cfg == dataclasses.replace(CFG, qk_norm_eps=1e-5)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import flux_func as ff
 from flux_func import tree
 from flux_func.errors import UserError
-from flux_func.interop import recognize, weights
+from flux_func.interop import recognize, stored, weights
 from flux_func.models import autoencoder, flux
 
 SMALL = dataclasses.replace(
@@ -218,6 +218,23 @@ def test_a_value_beyond_the_type_is_an_error_not_infinity(tmp_path):
             attempt()
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
     assert float(ff.load(tmp_path / "x.safetensors", torch.bfloat16)[0]["img_in"]["bias"][3]) == -70144
+
+
+@pytest.mark.parametrize(
+    "value, kind, dtype, use",
+    [
+        (1e300, torch.float64, torch.float32, "float64"),
+        (1e39, torch.float64, torch.bfloat16, "float64"),
+        (3.4e38, torch.float32, torch.bfloat16, "float32"),
+        (-500.0, torch.bfloat16, torch.float8_e4m3fn, "bfloat16"),
+        (-1e5, torch.bfloat16, torch.float16, "bfloat16"),
+    ],
+)
+def test_the_type_that_reaches_is_named(value, kind, dtype, use):
+    with pytest.raises(UserError, match=f"x reaches .*; use {use}$"):
+        stored.cast(torch.tensor([0, value], dtype=kind), dtype, "x")
+    kept = stored.cast(torch.tensor([math.inf, -math.inf, math.nan], dtype=kind), torch.float16, "x")
+    assert torch.equal(kept[:2], torch.tensor([math.inf, -math.inf]).half()) and kept[2].isnan()
 
 
 # What cannot be saved.

@@ -203,6 +203,15 @@ def test_wrong_shapes_are_refused(cfg):
 
 
 def test_configs_that_cannot_be_are_refused():
-    for fields, message in (({"kind": "vq"}, "'vq'"), ({"kind": "kl", "ch": 48}, "48"), ({"z_channels": 4}, "4")):
+    for fields, message in (
+        ({"kind": "vq"}, "'vq'"),
+        ({"kind": "kl", "ch": 48}, "48"),
+        ({"z_channels": 4}, "4"),
+        ({"ch": 0}, "ch 0 should be a whole number from 1 on"),
+        ({"ch_mult": (1, 0)}, "ch_mult .1, 0. should be whole numbers"),
+        ({"ch_mult": ()}, "ch_mult .. should be whole numbers"),
+        ({"scale_factor": None}, "scale_factor None should be a finite number"),
+        ({"shift_factor": float("inf")}, "shift_factor inf should be a finite number"),
+    ):
         with pytest.raises(ValueError, match=message):
             AutoencoderConfig(**fields)

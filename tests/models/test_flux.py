@@ -135,6 +135,9 @@ def test_wrong_shapes_of_a_config_are_named():
         dataclasses.replace(TINY, num_heads=7)
     with pytest.raises(ValueError, match="axes_dim"):
         dataclasses.replace(TINY, axes_dim=(4, 4, 4))
+    for name, value in (("num_heads", 0), ("hidden_size", 128.0), ("depth", -1), ("qk_norm_eps", float("nan"))):
+        with pytest.raises(ValueError, match=f"{name} {value} should be a"):
+            dataclasses.replace(TINY, **{name: value})
     with pytest.raises(ValueError, match="flux-schnell"):
         flux.flavor("flux-schnel")
 

@@ -1,6 +1,7 @@
 """The text encoders: `hash` against its definition, `hf` against transformers' own models and tokenizers."""
 
 import dataclasses
+import json
 import multiprocessing
 import pickle
 import shutil
@@ -296,6 +297,16 @@ def test_weights_that_lack_tensors_or_shapes_are_refused(copy):
     assert f"text_encoder_2 lacks 1 tensors of the shape config.json gives, such as {name}" in message(text.load, cfg)
     save_file({**flat, name: torch.zeros(3, 3)}, path, metadata={"format": "pt"})
     assert f"text_encoder_2 lacks 1 tensors of the shape config.json gives, such as {name}" in message(text.load, cfg)
+
+
+@pytest.mark.parametrize(("name", "field"), [("text_encoder_2", "num_layers"), ("text_encoder", "num_hidden_layers")])
+def test_layers_beyond_the_configuration_are_not_dropped(copy, name, field):
+    folder, cfg = copy
+    path = folder / name / "config.json"
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps(saved | {field: saved[field] - 1}))
+    said = message(text.load, cfg)
+    assert f"{name} holds " in said and "tensors of layers beyond those config.json gives, such as encoder." in said
 
 
 def test_models_in_each_others_place_are_refused(copy):

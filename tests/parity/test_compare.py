@@ -1,14 +1,18 @@
 """Parity with fluxbfl and diffusers at shapes that trip assumptions, and faults of ours that it must find."""
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 import torch
 
 from flux_func import tree
+from flux_func.flow import sampler, timesteps
 from flux_func.models import flux, layers
-from flux_func.parity import compare, exchange, process
+from flux_func.parallel import fold
+from flux_func.parity import compare, exchange
 from flux_func.parity.problem import PARTS
+from flux_func.transforms import precision
 from tests.helpers import tiny_parity
 
 TINY = flux.flavor("flux-tiny")
@@ -118,8 +122,7 @@ FAULTS = {
 def test_a_fault_of_the_code_is_found_where_it_is(fault, tmp_path, monkeypatch):
     name, wrong, stages, row = FAULTS[fault]
     posed = tiny_parity.pose("bfl", TINY)
-    exchange.ask(posed, tmp_path)
-    process.answer_here("bfl", tmp_path)
+    tiny_parity.ask(posed, tmp_path)
     monkeypatch.setattr(layers, name, wrong)
     comparison = compare.compare(posed, posed.params, tmp_path)
     assert compare.failed_stages(comparison.rows) == stages
@@ -132,9 +135,99 @@ def test_qk_norm_eps_is_told_apart(tmp_path):
     assert compare.failed_stages(tiny_parity.solve(posed, tmp_path).rows)
 
 
+def test_bfloat16_that_is_not_used_is_found(tmp_path, monkeypatch):
+    posed = tiny_parity.pose("bfl", SMALL)
+    tiny_parity.ask(posed, tmp_path)
+    compute_in = precision.compute_in
+    monkeypatch.setattr(precision, "compute_in", lambda dtype: compute_in(torch.float32))
+    assert [row.name for row in failed(compare.compare(posed, posed.params, tmp_path))] == ["bfloat16 is used"]
+
+
+# What is not a number, and is not the first of what its row is the worst of.
+
+
+def test_a_gradient_that_is_no_number_is_found(tmp_path, monkeypatch):
+    posed, leaf = tiny_parity.pose("bfl", SMALL), "double_blocks.0.img_mlp.2.bias"
+    tiny_parity.ask(posed, tmp_path)
+    grad_and_value = fold.grad_and_value
+
+    def broken(*args):
+        grads, loss = grad_and_value(*args)
+        tree.flatten(grads)[leaf][0] = torch.nan
+        return grads, loss
+
+    monkeypatch.setattr(fold, "grad_and_value", broken)
+    (row,) = failed(compare.compare(posed, posed.params, tmp_path))
+    assert (row.part, row.stage, row.where) == ("gradients", "double_blocks.0", leaf)
+
+
+def test_an_output_of_a_stage_that_is_no_number_is_found(tmp_path, monkeypatch):
+    posed = tiny_parity.pose("bfl", SMALL)
+    tiny_parity.ask(posed, tmp_path)
+    bind = flux.bind
+
+    def broken(stage, ops):
+        run = bind(stage, ops)
+        return run if stage.name != "stem" else lambda *args: {**(out := run(*args)), "vec": out["vec"] * torch.nan}
+
+    monkeypatch.setattr(flux, "bind", broken)
+    stages = [row for row in failed(compare.compare(posed, posed.params, tmp_path)) if row.part == "stages"]
+    assert [(row.stage, row.where) for row in stages] == [("stem", "vec")]
+
+
+def test_a_schedule_that_is_no_number_is_found(tmp_path, monkeypatch):
+    posed = tiny_parity.pose("bfl", SMALL, parts=PARTS[:2])
+    tiny_parity.ask(posed, tmp_path)
+    schedule = timesteps.schedule
+    broken = lambda steps, tokens: schedule(steps, tokens) * (torch.nan if steps == 50 else 1)  # noqa: E731
+    monkeypatch.setattr(timesteps, "schedule", broken)
+    found = failed(compare.compare(posed, posed.params, tmp_path))
+    assert [row.name for row in found] == ["schedule, shifted", "schedule, unshifted"]
+
+
+# The sampler.
+
+
+@pytest.mark.parametrize("cfg", [SMALL, dataclasses.replace(SMALL, guidance_embed=True)], ids=["plain", "guided"])
+def test_classifier_free_guidance(cfg, tmp_path):
+    posed = tiny_parity.pose("diffusers", cfg, parts=PARTS[:3], steps=3, cfg_scale=5.0, batch=3)
+    comparison = tiny_parity.solve(posed, tmp_path)
+    assert not failed(comparison)
+    assert exchange.answers(tmp_path, "sampler", "cpu")["x.3"].shape == (3, 6, 64)
+    names = [row.name for row in comparison.rows if row.part == "sampler"]
+    assert names[-5:] == ["times told to the model", "noise in patches", *(f"after step {i}" for i in (1, 2, 3))]
+
+
+@pytest.mark.parametrize("scale", [None, 4.999])
+def test_classifier_free_guidance_by_another_scale_is_found(scale, tmp_path):
+    posed = tiny_parity.pose("diffusers", SMALL, parts=PARTS[:2], steps=3, cfg_scale=5.0)
+    tiny_parity.ask(posed, tmp_path)
+    sample = compare.sampler.sample
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare.sampler, "sample", lambda *args, **rest: sample(*args, **{**rest, "cfg_scale": scale}))
+        comparison = compare.compare(posed, posed.params, tmp_path)
+    assert [row.name for row in failed(comparison)] == ["after step 1", "after step 2", "after step 3"]
+
+
 def test_a_sampler_that_goes_by_other_times_is_found(tmp_path):
     posed = tiny_parity.pose("bfl", SMALL, parts=PARTS[:2], steps=3)
-    exchange.ask(posed, tmp_path)
-    process.answer_here("bfl", tmp_path)
+    tiny_parity.ask(posed, tmp_path)
     comparison = compare.compare(dataclasses.replace(posed, shift=False), posed.params, tmp_path)
-    assert [row.name for row in failed(comparison)] == ["after step 1", "after step 2", "after step 3"]
+    names = ["times told to the model", "after step 1", "after step 2", "after step 3"]
+    assert [row.name for row in failed(comparison)] == names
+
+
+@pytest.mark.parametrize(("reference", "cfg_scale"), [("bfl", None), ("diffusers", None), ("diffusers", 5.0)])
+def test_a_sampler_that_tells_the_model_another_time_is_found(reference, cfg_scale, tmp_path, monkeypatch):
+    def euler(velocity, x, schedule):
+        for t, after in pairwise(schedule):
+            x = x + (after - t) * velocity(x, after)
+        return x
+
+    posed = tiny_parity.pose(reference, SMALL, parts=PARTS[:2], steps=3, cfg_scale=cfg_scale)
+    tiny_parity.ask(posed, tmp_path)
+    monkeypatch.setattr(sampler, "euler", euler)
+    (row,) = failed(compare.compare(posed, posed.params, tmp_path))
+    times = exchange.answers(tmp_path, "sampler", "cpu")["times"][:, 0].tolist()
+    assert row.name == "times told to the model"
+    assert row.value == pytest.approx(max(t - after for t, after in pairwise([*times, 0])), abs=1e-6)

@@ -42,10 +42,21 @@ def test_inputs_have_the_shapes_of_the_model_and_of_the_image():
 
 
 def test_the_sampler_is_told_what_it_is_given():
-    txt, y = torch.ones(1, 7, 24), torch.ones(1, 12)
-    inputs = problem.sampler_inputs(pose(conditioning=(txt, y)))
-    assert torch.equal(inputs["txt"], txt) and torch.equal(inputs["y"], y)
-    assert inputs["noise"].shape == (1, 16, 4, 6)
+    txt, y = torch.randn(2, 7, 24), torch.randn(2, 12)
+    inputs = problem.sampler_inputs(pose(conditioning=(txt, y), cfg_scale=5.0, batch=3))
+    for i in range(3):
+        assert torch.equal(inputs["txt"][i], txt[0]) and torch.equal(inputs["uncond_txt"][i], txt[1])
+        assert torch.equal(inputs["y"][i], y[0]) and torch.equal(inputs["uncond_y"][i], y[1])
+    assert inputs["noise"].shape == (3, 16, 4, 6)
+
+
+@pytest.mark.parametrize("cfg_scale", [None, 5.0])
+def test_the_sampler_draws_what_it_is_not_given(cfg_scale):
+    inputs = problem.sampler_inputs(pose(cfg_scale=cfg_scale))
+    assert inputs["txt"].shape == (2, 5, 24) and inputs["y"].shape == (2, 12)
+    assert ("uncond_txt" in inputs, "uncond_y" in inputs) == (bool(cfg_scale),) * 2
+    values = [value[i].flatten()[:12] for name, value in inputs.items() if name != "noise" for i in range(2)]
+    assert len(torch.stack(values).unique(dim=0)) == len(values)
 
 
 def test_schedules_are_of_the_run_and_of_others_shifted_and_not():

@@ -59,6 +59,8 @@ def test_checked_beforehand(tmp_path):
         process.check("bfl", "/no/python")
     with pytest.raises(UserError, match="it said nothing; should be a python"):
         process.check("bfl", "/bin/false")
+    with pytest.raises(UserError, match="it said nothing; should be a python"):
+        process.check("bfl", "/bin/true")
 
 
 @pytest.mark.parametrize(

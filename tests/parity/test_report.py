@@ -79,6 +79,12 @@ def test_equal_pictures_have_a_black_difference():
     assert "the difference, 1 times as large" in report.page(comparison(images=same), ABOUT)
 
 
+def test_a_picture_that_is_no_number_is_still_reported():
+    broken = pictures()
+    broken["ours"][0, 0, 0] = math.nan
+    assert "the difference, 1 times as large (at most nan of white)" in report.page(comparison(images=broken), ABOUT)
+
+
 @pytest.mark.parametrize(
     ("value", "rounded"), [(1.0, 1), (1.9, 1), (2.0, 2), (49.9, 20), (50, 50), (999, 500), (1e6, 10**6)]
 )

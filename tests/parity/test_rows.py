@@ -40,6 +40,15 @@ def test_not_a_number_never_passes():
     assert not rows.relative_row("forward", "x", theirs, ours, "image").passed
 
 
+@given(st.permutations(["small", "none", "large", "infinite"]))
+@settings(max_examples=30, deadline=None)
+def test_the_worst_is_no_number_wherever_it_stands(order):
+    errors = {"small": 0.0, "none": math.nan, "large": 3.0, "infinite": math.inf}
+    assert rows.worst({name: errors[name] for name in order}) == "none"
+    assert rows.worst({name: errors[name] for name in order if name != "none"}) == "infinite"
+    assert rows.worst({name: errors[name] for name in order if name in ("small", "large")}) == "large"
+
+
 def test_a_bound_may_be_reached():
     assert rows.Row("stages", "join", "relative", 0.0, 0.0).passed
     assert not rows.Row("stages", "join", "relative", 1e-30, 0.0).passed

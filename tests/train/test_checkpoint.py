@@ -361,6 +361,15 @@ def test_weights_only_in_a_chosen_type(tmp_path, dtype):
             checkpoint.restore(tmp_path, 7, like)
 
 
+def test_a_weight_beyond_the_chosen_type_is_an_error_not_infinity():
+    state = make_state(5)
+    state["params"]["double_blocks"][0]["a"] = torch.tensor([1e5])
+    said = "checkpoint.export_dtype is float16: params.double_blocks.0.a reaches 1e.05, beyond 6.55e.04; use bfloat16"
+    with pytest.raises(UserError, match=said):
+        checkpoint.weights(state, "float16")
+    assert checkpoint.weights(state, "bfloat16")["params"]["double_blocks"][0]["a"].isfinite()
+
+
 def test_weights_only_cannot_be_resumed_from(tmp_path):
     state = make_state()
     written(tmp_path, 5)

@@ -1,6 +1,7 @@
 """The train state: what it holds, in which types, what it starts from, and that its outline needs no memory."""
 
 import dataclasses
+import logging
 
 import pytest
 import torch
@@ -155,6 +156,15 @@ def test_weights_that_do_not_serve_are_named(files, fields, said):
     with pytest.raises(UserError) as raised:
         start({name: value.format(files) if isinstance(value, str) else value for name, value in fields.items()})
     assert str(raised.value).startswith(said.format(files)) and "\n" not in str(raised.value)
+
+
+def test_what_is_left_out_is_said(tmp_path, caplog):
+    found = tree.flatten(flux.init(flux.flavor("flux-tiny")))
+    found = {f"model.diffusion_model.{name}": leaf for name, leaf in found.items()}
+    save_file(found | {"vae.decoder.conv_in.bias": torch.zeros(3)}, tmp_path / "all.safetensors")
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        state.find_weights(str(tmp_path / "all.safetensors"), "transformer", "model.weights")
+    assert f"{tmp_path}/all.safetensors: left out: vae (1 tensors)" in caplog.text
 
 
 def test_a_guidance_embedding_that_is_asked_for_and_there_is_no_conflict(files):

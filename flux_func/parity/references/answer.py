@@ -145,24 +145,29 @@ def recording(reference: ModuleType, model: torch.nn.Module) -> Iterator[Tensors
 
 
 def trajectory(reference: ModuleType, model: torch.nn.Module, settings: dict, inputs: Tensors) -> Tensors:
-    """The state before each step of the reference's own loop and after the last, its times, and schedules."""
+    """The state before each step of the reference's own loop and after the last, its times, and schedules.
+
+    With classifier-free guidance the model is given the state twice a step: in one batch, or one after the other.
+    """
     states: list[Tensor] = []
     times: list[Tensor] = []
+    batch = len(inputs["noise"])
 
     def before(_: Any, args: tuple, kwargs: dict) -> None:
-        states.append(kwargs[reference.IMAGE].detach().clone())
-        times.append(kwargs[reference.TIME].detach().clone())
+        states.append(kwargs[reference.IMAGE][:batch].detach().clone())
+        times.append(kwargs[reference.TIME][:batch].detach().clone())
 
     hook = model.register_forward_pre_hook(before, with_kwargs=True)
     with torch.no_grad():
-        end = reference.sample(model, inputs["noise"], inputs["txt"], inputs["y"], settings)
+        end = reference.sample(model, inputs, settings)
     hook.remove()
+    calls = len(states) // settings["steps"]
     schedules = {
         f"schedule.{i}": torch.as_tensor(reference.schedule(*case), dtype=torch.float64)
         for i, case in enumerate(settings["schedules"])
     }
-    steps = {f"x.{i}": state for i, state in enumerate([*states, reference.pack(end)])}
-    return {**steps, "times": torch.stack(times), "latents": end, **schedules}
+    steps = {f"x.{i}": state for i, state in enumerate([*states[::calls], reference.pack(end)])}
+    return {**steps, "times": torch.stack(times[::calls]), "latents": end, **schedules}
 
 
 # The autoencoder and the text encoders.
@@ -170,7 +175,7 @@ def trajectory(reference: ModuleType, model: torch.nn.Module, settings: dict, in
 
 @torch.no_grad()
 def autoencoder(reference: ModuleType, request: dict, folder: Path, inputs: Tensors, say: Callable) -> Tensors:
-    """Both directions, back from the trajectory's end where there is one; a draw, with the noise that was drawn."""
+    """Both directions, back from the first of the trajectory's ends, if any; a draw, with the noise that was drawn."""
     model = build(
         lambda: reference.autoencoder(request["autoencoder"]),
         folder / "autoencoder.safetensors",
@@ -185,7 +190,7 @@ def autoencoder(reference: ModuleType, request: dict, folder: Path, inputs: Tens
     answers["draw"] = reference.encode(model, corner, draw=True)
     latents = inputs["latents"]
     if "sampler" in request["parts"]:
-        latents = load_file(folder / "sampler.answers.safetensors", device=request["device"])["latents"]
+        latents = load_file(folder / "sampler.answers.safetensors", device=request["device"])["latents"][:1]
     answers["decoded"] = reference.decode(model, latents)
     return answers
 

@@ -99,9 +99,10 @@ def schedule(steps: int, image_tokens: int, shift: bool) -> list[float]:
     return sampling.get_schedule(steps, image_tokens, shift=shift)
 
 
-def sample(model: nn.Module, noise: Tensor, txt: Tensor, y: Tensor, settings: dict) -> Tensor:
-    """Returns the latents at the end of the reference's own sampling loop."""
-    given, (height, width) = sampling.prepare(lambda p: txt, lambda p: y, noise, [""] * len(noise)), noise.shape[2:]
+def sample(model: nn.Module, inputs: dict[str, Tensor], settings: dict) -> Tensor:
+    """Returns the latents at the end of the reference's own sampling loop, which has no classifier-free guidance."""
+    given, (height, width) = prepare(inputs["noise"], inputs["txt"], inputs["y"]), inputs["noise"].shape[2:]
+    given["vec"] = given.pop("y")
     timesteps = schedule(settings["steps"], given["img"].shape[1], settings["shift"])
     guidance = {} if settings["guidance"] is None else {"guidance": settings["guidance"]}
     end = sampling.denoise(model, **given, timesteps=timesteps, **guidance)

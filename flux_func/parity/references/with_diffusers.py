@@ -92,17 +92,20 @@ def schedule(steps: int, image_tokens: int, shift: bool) -> Tensor:
     return scheduler.sigmas
 
 
-def sample(model: nn.Module, noise: Tensor, txt: Tensor, y: Tensor, settings: dict) -> Tensor:
+def sample(model: nn.Module, inputs: dict[str, Tensor], settings: dict) -> Tensor:
     """Returns the latents at the end of the pipeline's own sampling loop."""
-    height, width = (8 * side for side in noise.shape[2:])
+    height, width = (8 * side for side in inputs["noise"].shape[2:])
     absent = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     pipeline = FluxPipeline(_scheduler(settings["shift"]), transformer=model, **dict.fromkeys(absent))
     pipeline.set_progress_bar_config(disable=True)
     guidance = {} if settings["guidance"] is None else {"guidance_scale": settings["guidance"]}
+    if settings["cfg_scale"] is not None:
+        guidance |= {"true_cfg_scale": settings["cfg_scale"], "negative_prompt_embeds": inputs["uncond_txt"]}
+        guidance |= {"negative_pooled_prompt_embeds": inputs["uncond_y"]}
     (end,) = pipeline(
-        prompt_embeds=txt,
-        pooled_prompt_embeds=y,
-        latents=pack(noise),
+        prompt_embeds=inputs["txt"],
+        pooled_prompt_embeds=inputs["y"],
+        latents=pack(inputs["noise"]),
         height=height,
         width=width,
         num_inference_steps=settings["steps"],

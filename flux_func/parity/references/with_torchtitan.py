@@ -111,8 +111,9 @@ def schedule(steps: int, image_tokens: int, shift: bool) -> list[float]:
     return sampling.get_schedule(steps, 4 * image_tokens, shift=shift)
 
 
-def sample(model: nn.Module, noise: Tensor, txt: Tensor, y: Tensor, settings: dict) -> Tensor:
+def sample(model: nn.Module, inputs: dict[str, Tensor], settings: dict) -> Tensor:
     """Returns the latents at the end of the reference's own sampling loop, which shifts always."""
+    noise = inputs["noise"]
     drawn, sampling.generate_noise_latent = sampling.generate_noise_latent, lambda *_: noise
     try:
         return sampling.denoise(
@@ -122,8 +123,12 @@ def sample(model: nn.Module, noise: Tensor, txt: Tensor, y: Tensor, settings: di
             img_width=8 * noise.shape[3],
             img_height=8 * noise.shape[2],
             denoising_steps=settings["steps"],
-            clip_encodings=y,
-            t5_encodings=txt,
+            clip_encodings=inputs["y"],
+            t5_encodings=inputs["txt"],
+            enable_classifier_free_guidance=settings["cfg_scale"] is not None,
+            empty_t5_encodings=inputs.get("uncond_txt"),
+            empty_clip_encodings=inputs.get("uncond_y"),
+            classifier_free_guidance_scale=settings["cfg_scale"],
         )
     finally:
         sampling.generate_noise_latent = drawn
