@@ -50,7 +50,8 @@ def main(argv: list[str]) -> None:
     # After a flag's "=", a shell leaves ~ as it is.
     source, to = (os.path.expanduser(given[name].value) for name in ("from", "to"))
     dtype = DTYPES[given["dtype"].value] if given["dtype"].value else None
-    target.check(to, 0, given.overwrite)  # before anything is downloaded
+    if not given.overwrite:
+        target.check(to, 0)  # before anything is downloaded
     plan = conversion.plan(source, to, given.format, dtype, given.part, given.step, given.ema)
     conversion.check(plan, given.overwrite)
     say(plan)

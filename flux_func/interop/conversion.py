@@ -46,6 +46,13 @@ class Plan:
         converted = sum(weights.bytes_needed(stored, self.dtype) for stored in self.stored.values())
         return converted + sum(path.stat().st_size for path in self.files().values())
 
+    def folders(self) -> set[str]:
+        """Returns the folders that `to` will have."""
+        if self.format == "orbax":
+            return {"checkpoints"}
+        places = {place for place in self.stored if place and not place.endswith(".safetensors")}
+        return places | {os.path.dirname(place).split("/")[0] for place in self.files()}
+
     def files(self) -> dict[str, Path]:
         """Returns {place in `to`: file} of the copies, those in folders one by one.
 
@@ -107,7 +114,7 @@ def check(plan: Plan, overwrite: bool = False) -> None:
     _check_apart(plan)
     for place, stored in plan.stored.items():
         weights.check(plan.to / place, stored.cfg, plan.format)
-    target.check(plan.to, plan.size(), overwrite)
+    target.check(plan.to, plan.size(), overwrite, plan.folders())
 
 
 def run(plan: Plan, overwrite: bool = False, progress: Callable[[int], object] = lambda count: None) -> None:
@@ -124,7 +131,7 @@ def run(plan: Plan, overwrite: bool = False, progress: Callable[[int], object] =
     if set(plan.stored) == {""}:
         weights.write(plan.stored[""], plan.to, plan.format, plan.dtype, overwrite, progress)
         return
-    with target.beside(plan.to, overwrite) as folder:
+    with target.beside(plan.to, overwrite, plan.folders()) as folder:
         folder.mkdir()
         for place, stored in plan.stored.items():
             weights.write(stored, folder / place, plan.format, plan.dtype, progress=progress)

@@ -5,7 +5,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -19,16 +19,17 @@ _OURS += ("special_tokens_map.json", "added_tokens.json")
 _ORBAX_STEP = "commit_success.txt"
 
 
-def check(path: str | Path, size: int, overwrite: bool = False) -> None:
+def check(path: str | Path, size: int, overwrite: bool = False, folders: Collection[str] = ()) -> None:
     """Raises UserError where `size` bytes cannot be written to a file or folder `path`; nothing is touched.
 
     Args:
       path: of a file or folder to be. Where it is there already, only an empty folder will do or, with `overwrite`, a
         .safetensors file, or a folder that holds nothing, at any depth, but files by the names that diffusers and
         torchtitan give them, and Orbax's checkpoints.
+      folders: that the folder to be will have. One that has others too is not replaced: they would be lost.
     """
     path = Path(path)
-    _check_free(path, overwrite)
+    _check_free(path, overwrite, folders)
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"{path}: cannot be written, {parent} is read-only or no folder; choose another path")
@@ -38,7 +39,7 @@ def check(path: str | Path, size: int, overwrite: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def beside(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def beside(path: str | Path, overwrite: bool = False, folders: Collection[str] = ()) -> Iterator[Path]:
     """Yields a path, not yet there, to write a file or folder to; it becomes `path` at the end.
 
     It is `new` in a sibling `.NAME.partial`, which is locked as long and then removed. A folder that is replaced is
@@ -58,10 +59,10 @@ def beside(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         with _locked(aside, path):
             try:
                 _tidy(new, old, path)
-                _check_free(path, overwrite)
+                _check_free(path, overwrite, folders)
                 yield new
                 _sync(new)
-                _check_free(path, overwrite)
+                _check_free(path, overwrite, folders)
                 _replace(new, path, old)
             finally:
                 # What cannot be removed now is by the next try. The lock is last.
@@ -78,16 +79,21 @@ def beside(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         raise UserError(str(error).replace(str(new), str(path))) from error
 
 
-def _check_free(path: Path, overwrite: bool) -> None:
+def _check_free(path: Path, overwrite: bool, folders: Collection[str]) -> None:
     if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
         return
     if not overwrite:
-        raise UserError(f"{path}: is there already; choose another path, or ask for it to be overwritten")
+        raise UserError(f"{path}: is there already; choose another path, or overwrite it")
     if not path.is_dir():
         if path.suffix != ".safetensors":
             raise UserError(f"{path}: is no safetensors file and is not overwritten; choose another path")
     elif foreign := min(_foreign(path), default=""):
         raise UserError(f"{path}: holds {foreign!r} beside weights and is not overwritten; choose another path")
+    elif lost := sorted(child.name for child in path.iterdir() if child.is_dir() and child.name not in folders):
+        raise UserError(
+            f"{path}: holds a folder {lost[0]!r}, which would be lost, and is not overwritten; "
+            f"choose another path, or the folder in it that is meant (such as transformer)"
+        )
 
 
 def _foreign(path: Path) -> Iterator[str]:

@@ -126,7 +126,8 @@ def write(
     """
     path, cfg = Path(path), source.cfg
     check(path, cfg, format)
-    target.check(path, bytes_needed(source, dtype), overwrite)
+    folders = ("checkpoints",) if format == "orbax" else ()
+    target.check(path, bytes_needed(source, dtype), overwrite, folders)
     _warn_of_eps(path, cfg, format)
     layout = formats.layout(cfg, format)
     types = layout.tensor_types({name: dtype or kind for name, kind in source.types.items()})
@@ -137,7 +138,7 @@ def write(
     if path.suffix == ".safetensors":
         safetensors_io.write(path, layout.theirs, types, read, formats.metadata(cfg), progress, overwrite)
         return
-    with target.beside(path, overwrite) as folder:
+    with target.beside(path, overwrite, folders) as folder:
         folder.mkdir()
         _WRITERS[format](folder, cfg, layout.theirs, types, read, progress)
 

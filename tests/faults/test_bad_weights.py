@@ -170,6 +170,10 @@ def test_a_pipeline_is_overwritten_if_it_is_nothing_else(whole, tmp_path, capfd)
     command = [f"--from={whole}", f"--to={tmp_path}/new", "--format=diffusers", "--dtype=bfloat16", "--overwrite"]
     assert tiny_run.program(convert_main, *command) == 0
     assert {leaf.dtype for leaf in tree.leaves(ff.load(tmp_path / "new", part="autoencoder")[0])} == {torch.bfloat16}
+    part = [f"--from={whole}/transformer", f"--to={tmp_path}/new", "--overwrite"]
+    for format in ("bfl", "diffusers", "orbax", "torchtitan"):
+        line = refused(capfd, tmp_path, *part, f"--format={format}")
+        assert "holds a folder 'scheduler', which would be lost, and is not overwritten" in line, line
     (tmp_path / "new/README.md").write_text("precious")
     assert "holds 'README.md' beside weights and is not overwritten" in refused(capfd, tmp_path, *command)
 

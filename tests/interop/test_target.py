@@ -95,7 +95,9 @@ def test_a_runs_folder_of_checkpoints_is_not_overwritten(tmp_path):
         (tmp_path / "run/checkpoints" / step / "params/d").mkdir(parents=True)
         (tmp_path / "run/checkpoints" / step / "params/d/a1b2").write_text("")
         (tmp_path / "run/checkpoints" / step / "commit_success.txt").write_text("")
-    target.check(tmp_path / "run", 0, overwrite=True)
+    target.check(tmp_path / "run", 0, overwrite=True, folders=["checkpoints"])
+    with pytest.raises(UserError, match="holds a folder 'checkpoints', which would be lost"):
+        target.check(tmp_path / "run", 0, overwrite=True, folders=["transformer"])
     with pytest.raises(UserError, match="holds '5/commit_success.txt' beside weights"):
         target.check(tmp_path / "run/checkpoints", 0, overwrite=True)
 
