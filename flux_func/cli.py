@@ -38,6 +38,8 @@ def define_workdir(help_line: str, required: bool = True) -> None:
 
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Runs a program: `main(argv)` under absl; UserError and flag errors print one line and exit with 2."""
+    # In --flag=~/path a shell leaves the ~ as it is.
+    sys.argv[1:] = [re.sub(r"(?<==)~(?=/)", os.path.expanduser("~"), arg, count=1) for arg in sys.argv[1:]]
     try:
         app.run(main, flags_parser=functools.partial(_parse, main))
     except UserError as error:

@@ -7,7 +7,6 @@
 What --from holds is told from its content. A pipeline becomes a whole pipeline again. docs/weights.md has the formats.
 """
 
-import os
 import sys
 
 from absl import flags
@@ -47,8 +46,7 @@ def main(argv: list[str]) -> None:
     """Converts as the flags say."""
     del argv
     given = flags.FLAGS
-    # After a flag's "=", a shell leaves ~ as it is.
-    source, to = (os.path.expanduser(given[name].value) for name in ("from", "to"))
+    source, to = given["from"].value, given["to"].value
     dtype = DTYPES[given["dtype"].value] if given["dtype"].value else None
     if not given.overwrite:
         target.check(to, 0)  # before anything is downloaded

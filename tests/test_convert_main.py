@@ -145,6 +145,8 @@ def test_a_run_becomes_what_diffusers_loads(workdir, tmp_path, capfd, ema, step)
     saved = tiny_run.stored(workdir, step or 3)
     member = "ema" if ema else "params"
     params = tree.unflatten({path.partition(".")[2]: leaf for path, leaf in saved.items() if path.startswith(member)})
+    loaded = tree.flatten(ff.load(workdir, step=step, ema=ema)[0])
+    assert all(torch.equal(loaded[path], leaf) for path, leaf in tree.flatten(params).items())
     given = {
         "img": torch.randn(1, 4, 64),
         "img_ids": torch.randint(0, 4, (1, 4, 3)).float(),

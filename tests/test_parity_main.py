@@ -126,7 +126,10 @@ BAD = [
     (["--reference=bfl", "--parts=sampler"], "--parts is 'sampler': sampler needs transformer beside it"),
     (["--reference=bfl", "--parts="], "--parts is '': should be some of transformer, sampler, autoencoder, text"),
     (["--reference=bfl", "--parts=transfromer"], "--parts is 'transfromer': did you mean 'transformer'?"),
-    (["--reference=bfl", f"--corrupt={LEAF}", "--parts=text"], f"--corrupt is '{LEAF}': is a weight of the transformer"),
+    (
+        ["--reference=bfl", f"--corrupt={LEAF}", "--parts=text"],
+        f"--corrupt is '{LEAF}': is a weight of the transformer",
+    ),
     (["--reference=bfl", f"--corrupt={LEAF[:-1]}"], f"--corrupt is '{LEAF[:-1]}': did you mean '{LEAF}'?"),
     (["--reference=bfl", "--guidance=3"], "--guidance is 3.0: this model has no guidance embedding; leave it out"),
     (["--reference=diffusers", "--cfg_scale=1"], "--cfg_scale is 1.0: should be more than 1; leave it out"),

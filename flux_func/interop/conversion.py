@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from flux_func.errors import UserError
-from flux_func.interop import formats, hub, orbax, pipelines, recognize, target, weights
+from flux_func.interop import formats, hub, pipelines, recognize, target, weights
 from flux_func.interop.pipelines import FOLDERS
 from flux_func.interop.stored import Stored, part_of
 from flux_func.models.flux import FLAVORS
@@ -89,13 +89,11 @@ def plan(
     Raises:
       UserError: there are no such weights.
     """
+    if hub.is_address(to):
+        raise UserError(f"{to}: nothing is written to the hub; name a file or folder here")
     target_path = Path(to) if Path(to).name not in ("", "..") else Path(to).resolve()
     if step is not None or ema:
-        stored = {"": orbax.open_checkpoint(source, step, ema)}
-        there = part_of(stored[""].cfg)
-        if part not in (None, there):
-            raise UserError(f"{source}: is a checkpoint of the {there}; the {part} is wanted, give its path")
-        return _of_weights(stored, target_path, format, dtype, ())
+        return _of_weights({"": recognize.find(source, part, step, ema)}, target_path, format, dtype, ())
     folder = target_path.suffix != ".safetensors" and format in ("bfl", "diffusers")
     wanted = (part,) if part else PARTS if folder else PARTS[:1]
     whole = folder and part is None and format == "diffusers"

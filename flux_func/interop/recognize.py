@@ -22,7 +22,7 @@ _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 _CLASSES = ("FluxTransformer2DModel", "AutoencoderKL")
 
 
-def find(path: str | Path, part: str | None = None) -> Stored:
+def find(path: str | Path, part: str | None = None, step: int | None = None, ema: bool = False) -> Stored:
     """Returns the weights at a path, whatever their format; headers are read and checked, tensors are not read.
 
     Args:
@@ -30,13 +30,16 @@ def find(path: str | Path, part: str | None = None) -> Stored:
         with such; a diffusers model or pipeline; a snapshot or cache of the Hugging Face hub; a torchtitan checkpoint,
         or the folder of its steps (the newest is taken); a workdir of ours, or a checkpoint in it.
       part: "transformer" or "autoencoder"; None: the one there is, the transformer where both are.
+      step, ema: of a workdir: which checkpoint (None: the newest), and the averaged weights.
 
     Raises:
       UserError: there is nothing, something else (the line says what), or weights that are not whole.
     """
     if part not in (None, *pipelines.FOLDERS):
-        raise ValueError(f"part {part!r} should be None, {' or '.join(map(repr, pipelines.FOLDERS))}")
-    path = Path(path)
+        raise UserError(f"part is {part!r}: should be {' or '.join(pipelines.FOLDERS)}")
+    path = Path(path).expanduser()
+    if step is not None or ema:
+        return _checkpoint(path, part, step, ema)
     if path.is_dir():
         return _folder(path, part)
     if not path.is_file():
@@ -56,14 +59,7 @@ def _folder(path: Path, part: str | None) -> Stored:
     if steps := _steps(path) or _steps(path / "checkpoint"):
         return _dcp(steps[-1], part)
     if _is_ours(path):
-        from flux_func.interop import orbax
-
-        stored = orbax.open_checkpoint(path)
-        if part not in (None, part_of(stored.cfg)):
-            raise UserError(
-                f"{path}: is a checkpoint of the {part_of(stored.cfg)}; the {part} is wanted, give its path"
-            )
-        return stored
+        return _checkpoint(path, part)
     if (path / "snapshots").is_dir():
         return _folder(_snapshot(path), part)
     if any((inner := path / pipelines.FOLDERS[part or "transformer"]).glob("*.safetensors*")):
@@ -72,6 +68,16 @@ def _folder(path: Path, part: str | None) -> Stored:
     _check_class(path, saved, part)
     chosen = _choose(path, part, saved)
     return identify.stored(chosen if saved is None else path, _open(chosen), part, saved)
+
+
+def _checkpoint(path: Path, part: str | None, step: int | None = None, ema: bool = False) -> Stored:
+    from flux_func.interop import orbax  # late: it takes seconds
+
+    stored = orbax.open_checkpoint(path, step, ema)
+    there = part_of(stored.cfg)
+    if part not in (None, there):
+        raise UserError(f"{path}: is a checkpoint of the {there}; the {part} is wanted, give its path")
+    return stored
 
 
 def _is_ours(path: Path) -> bool:

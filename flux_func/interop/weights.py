@@ -61,6 +61,8 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     part: str | None = None,
+    step: int | None = None,
+    ema: bool = False,
 ) -> tuple[Params, Config]:
     """Returns the parameters at a path, whatever their format, and their configuration.
 
@@ -69,11 +71,13 @@ def load(
       dtype: of every leaf; None: as stored.
       device: of every leaf.
       part: "transformer" or "autoencoder"; None: the one that is there, the transformer where both are.
+      step, ema: of a run's workdir: which checkpoint (None: the newest), and the averaged weights.
 
     Raises:
       UserError: there are no such weights; the line says what there is.
     """
-    stored = recognize.find(path, part)
+    _check_dtype(dtype)
+    stored = recognize.find(path, part, step, ema)
     warn_of_left_out(stored)
     return stored.params(dtype, device), stored.cfg
 
@@ -99,7 +103,12 @@ def save(
     Raises:
       UserError: the parameters do not fit the configuration, the format cannot say it, or `path` cannot be written.
     """
+    _check_dtype(dtype)
     flat = tree.flatten(params)
+    for name, leaf in flat.items():
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.is_meta:
+            what = f"a {leaf.dtype} tensor on {leaf.device}" if isinstance(leaf, Tensor) else f"a {type(leaf).__name__}"
+            raise UserError(f"params: {name} is {what}; should be a tensor of floats with values")
     wanted = formats.layout(cfg, "bfl").ours
     if unfit := tree.differences({name: tuple(leaf.shape) for name, leaf in flat.items()}, wanted):
         raise UserError(f"params: do not fit cfg: {unfit}")
@@ -124,7 +133,7 @@ def write(
     Raises:
       UserError: see `save`; also a value that is too large for `dtype`. `path` is then as it was.
     """
-    path, cfg = Path(path), source.cfg
+    path, cfg = Path(path).expanduser(), source.cfg
     check(path, cfg, format)
     folders = ("checkpoints",) if format == "orbax" else ()
     target.check(path, bytes_needed(source, dtype), overwrite, folders)
@@ -141,6 +150,11 @@ def write(
     with target.beside(path, overwrite, folders) as folder:
         folder.mkdir()
         _WRITERS[format](folder, cfg, layout.theirs, types, read, progress)
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise UserError(f"dtype is {dtype!r}: should be a torch.dtype of floats, such as torch.bfloat16")
 
 
 def bytes_needed(source: Source | Stored, dtype: torch.dtype | None = None) -> int:

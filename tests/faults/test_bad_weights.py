@@ -256,6 +256,7 @@ def test_a_target_that_holds_what_is_read(inputs, tmp_path, capfd, name):
         (["--dtype=int8"], "--dtype=int8: value should be one of <float32|bfloat16|float16>"),
         (["--part=vae"], "--part=vae: value should be one of <transformer|autoencoder>"),
         (["--to="], "should name a file or folder"),
+        (["--to=hf://me/mine"], "hf://me/mine: nothing is written to the hub; name a file or folder here"),
         (["--from="], "should name a file or folder"),
         (["--form=x"], "form"),
         (["--step=3"], "there is no checkpoint in it; train_main writes them"),

@@ -152,7 +152,11 @@ def test_what_is_not_there(run, tmp_path):
     for path, options, message in (
         (tmp_path, {}, f"{tmp_path}: there is no checkpoint in it; train_main writes them"),
         (run, {"step": 3}, "step is 3: .* has no such checkpoint; it has those of steps 2, 4"),
-        (run, {"step": 2, "ema": True}, f"{run}/checkpoints/2: holds no ema, but opt, params; a run keeps it where ema.decay is set"),
+        (
+            run,
+            {"step": 2, "ema": True},
+            f"{run}/checkpoints/2: holds no ema, but opt, params; a run keeps it where ema.decay is set",
+        ),
         (
             run / "checkpoints/2",
             {"step": 4},

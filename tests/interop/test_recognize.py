@@ -243,7 +243,7 @@ def test_what_is_not_there_and_what_holds_nothing(tmp_path):
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="pytorch_model.bin: is a pickle"):
         recognize.find(tmp_path)
-    with pytest.raises(ValueError, match="part 'vae'"):
+    with pytest.raises(UserError, match="part is 'vae': should be transformer or autoencoder"):
         recognize.find(tmp_path, "vae")
 
 

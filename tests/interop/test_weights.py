@@ -303,3 +303,29 @@ def test_what_is_left_out_is_said(tmp_path, caplog):
             found, cfg = ff.load(tmp_path / name)
         assert cfg == SMALL and said in caplog.text and bool(said) == bool(caplog.text)
         same(found, params)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int8, 3])
+def test_a_type_that_is_none_of_floats(tmp_path, dtype):
+    for attempt in (
+        lambda: ff.save(tmp_path / "x.safetensors", flux.init(SMALL), SMALL, dtype=dtype),
+        lambda: ff.load(tmp_path, dtype=dtype),
+    ):
+        with pytest.raises(UserError, match="should be a torch.dtype of floats, such as torch.bfloat16"):
+            attempt()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("spoil", [torch.Tensor.int, torch.Tensor.numpy, lambda leaf: leaf.to("meta")])
+def test_leaves_that_are_no_weights(tmp_path, spoil):
+    params = flux.init(SMALL)
+    params["img_in"]["bias"] = spoil(params["img_in"]["bias"])
+    with pytest.raises(UserError, match=r"params: img_in\.bias is a .*; should be a tensor of floats with values"):
+        ff.save(tmp_path / "x.safetensors", params, SMALL)
+    assert not list(tmp_path.iterdir())
+
+
+def test_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ff.save("~/x.safetensors", flux.init(SMALL), SMALL)
+    assert ff.load("~/x.safetensors")[1] == SMALL and [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
