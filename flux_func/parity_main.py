@@ -29,7 +29,7 @@ import flux_func
 from flux_func import cli, tree
 from flux_func import config as configs
 from flux_func.errors import UserError
-from flux_func.interop import diffusers, pipelines, recognize, target, torchtitan
+from flux_func.interop import diffusers, formats, pipelines, recognize, target
 from flux_func.models import flux, text
 from flux_func.models.autoencoder import AutoencoderConfig
 from flux_func.models.flux import FluxConfig
@@ -213,7 +213,7 @@ def choose_model(reference: str, config: ml_collections.ConfigDict, stored: Flux
             raise UserError(
                 f"--reference is 'diffusers': it has {name} {fixed[name]} alone, this model {value}; use bfl"
             )
-    eps = torchtitan.QK_NORM_EPS if reference == "torchtitan" else diffusers.FIXED["qk_norm_eps"]
+    eps = formats.qk_norm_eps(reference)
     if config.model.qk_norm_eps not in (None, eps):
         raise UserError(
             f"model.qk_norm_eps is {config.model.qk_norm_eps}: {reference} computes with {eps}; leave it out"

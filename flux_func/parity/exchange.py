@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flux_func import tree
 from flux_func.errors import UserError
-from flux_func.interop import bfl, diffusers, safetensors_io, torchtitan
+from flux_func.interop import diffusers, formats, safetensors_io
 from flux_func.interop.spans import Layout
 from flux_func.models import autoencoder
 from flux_func.models.autoencoder import AutoencoderConfig
@@ -25,8 +25,6 @@ from flux_func.models.flux import FluxConfig
 from flux_func.models.layers import Params
 from flux_func.parity import problem as problems
 from flux_func.parity.problem import Problem
-
-_TRANSFORMER = {"bfl": bfl.transformer, "diffusers": diffusers.transformer, "torchtitan": torchtitan.transformer}
 
 
 def ask(problem: Problem, folder: Path) -> None:
@@ -58,7 +56,8 @@ def ask(problem: Problem, folder: Path) -> None:
         _write(folder / "sampler.inputs.safetensors", problems.sampler_inputs(problem))
     if "autoencoder" in problem.parts:
         _write(folder / "autoencoder.inputs.safetensors", problems.autoencoder_inputs(problem))
-        _write_weights(folder / "autoencoder.safetensors", _vae(problem), problem.autoencoder_params)
+        theirs = formats.layout(problem.autoencoder_cfg, problem.reference)
+        _write_weights(folder / "autoencoder.safetensors", theirs, problem.autoencoder_params)
     if "text" in problem.parts:
         if not problem.text_path:
             request["text"] = str(folder / "text")
@@ -98,11 +97,7 @@ def about(folder: Path) -> dict[str, Any]:
 
 def layout(problem: Problem) -> Layout:
     """Returns the layout of the transformer's weights, and of their gradients, in the reference's own names."""
-    return _TRANSFORMER[problem.reference](problem.cfg)
-
-
-def _vae(problem: Problem) -> Layout:
-    return (diffusers if problem.reference == "diffusers" else bfl).vae(problem.autoencoder_cfg)
+    return formats.layout(problem.cfg, problem.reference)
 
 
 def _transformer_config(reference: str, cfg: FluxConfig) -> dict[str, Any]:
