@@ -76,10 +76,26 @@ def default() -> ml_collections.ConfigDict:
         final_lr_fraction=0.0,  # of lr, where a decaying schedule ends
         clip_norm=1.0,  # largest global norm of the gradients; 0: not clipped
     )
+    config.parallel = dict(
+        replicate=1,  # groups of processes with the same parameters (HSDP, DDP); -1: what is left
+        shard=-1,  # processes that parameters, moments and the batch are split over (FSDP); -1: what is left
+        context=1,  # processes that each sample's sequence is split over, and parameters too; -1: what is left
+        attention="all_gather",  # over context: "all_gather" of keys and values, "ulysses" (over heads) or "ring"
+        ulysses=-1,  # ulysses: processes that heads are split over, the rest being a ring; -1: all of context
+        prefetch=1,  # stages whose parameters are gathered ahead
+        offload=False,  # keep parameters, moments and averages in the host's memory, and update them there
+        # Tables: (pattern, {mesh axis: dimension}), the first that fits a path counts; see parallel/placements.py.
+        params=(("*", {"shard": 0, "context": 0}),),
+        moments=(),  # none: as params; where params are repeated they may be split (ZeRO)
+        batch=(("*", {"replicate": 0, "shard": 0}),),
+        activations=(("rope", {"context": 2}), ("*", {"context": 1})),
+        text_encoder=(("*", {"shard": 0, "context": 0}),),  # T5's weights
+    )
     config.remat = dict(policy="none")  # "full": keep each stage's input alone, compute it again in the backward pass
     config.numerics = dict(
         param="float32",  # type of parameters and moments: "float32" or "bfloat16"
         compute="float32",  # type that parameters are cast to before each stage: "float32" or "bfloat16"
+        reduce="float32",  # type that gradients are added up in, over micro-batches and processes
     )
     config.ema = dict(decay=0.0)  # of the averaged weights; 0: none are kept
     config.validate = dict(
@@ -131,6 +147,8 @@ CHOICES = {
     "remat.policy": ("none", "full"),
     "numerics.param": ("float32", "bfloat16"),
     "numerics.compute": ("float32", "bfloat16"),
+    "numerics.reduce": ("float32", "bfloat16"),
+    "parallel.attention": ("all_gather", "ulysses", "ring"),
     "validate.split": ("train", "validation"),
     "validate.convention": ("start", "middle"),
     "checkpoint.export_dtype": ("", "float32", "bfloat16", "float16"),
@@ -145,6 +163,7 @@ AT_LEAST_ONE = (
     "sample.steps",
 )
 NOT_NEGATIVE = (
+    "parallel.prefetch",
     "data.workers",
     "optimizer.lr",
     "optimizer.eps",
@@ -178,7 +197,16 @@ READ_WITH = {
     "checkpoint.export_dtype": ("checkpoint.last_weights_only", (True,)),
 }
 # What may change between a checkpoint and the run that goes on from it.
-RESUME_MAY_DIFFER = ("train.steps", "data.workers", "sample.*", "validate.*", "metrics.*", "remat.*", "*.every")
+RESUME_MAY_DIFFER = (
+    "train.steps",
+    "data.workers",
+    "sample.*",
+    "validate.*",
+    "metrics.*",
+    "parallel.*",
+    "remat.*",
+    "*.every",
+)
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -226,6 +254,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
     remedy = "should name an ae.safetensors (or set autoencoder.random_init to try a set-up out)"
     _check(fields, "autoencoder.path", fields["autoencoder.path"] or not weightless, remedy)
     _check_text(fields)
+    ulysses = fields["parallel.ulysses"]
+    used = ulysses == -1 or fields["parallel.attention"] == "ulysses"
+    _check(fields, "parallel.ulysses", used, "is read only where parallel.attention is 'ulysses'")
+    _check(fields, "parallel.ulysses", ulysses == -1 or ulysses >= 1, "should be at least 1, or -1 for all of context")
 
 
 def _check_model(fields: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ A stage is `(params, carry, const) -> carry` (see `blocks.py`); the model is the
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -160,25 +161,32 @@ def init(
         embedders normal of 0.02, modulations and the final layer zero, norms one), or "nonzero", in which nothing is
         zero or one, so that no part of the model is invisible to a comparison.
     """
+    draw = drawing(cfg, seed, scheme)
+    leaves = tree.flatten(declare(cfg))
+    return tree.unflatten({path: draw(path, 0, leaf.shape[0]).to(device, dtype) for path, leaf in leaves.items()})
+
+
+def drawing(cfg: FluxConfig, seed: int, scheme: str) -> Callable[[str, int, int], Tensor]:
+    """Returns (path, first, last) to those rows of the leaf that `init` draws, float32 [last - first, ...]."""
     if scheme not in ("pretrain", "nonzero"):
         raise ValueError(f"scheme {scheme!r} should be 'pretrain' or 'nonzero'")
-    flat = tree.flatten(declare(cfg))
-    drawn = {path: _draw(leaf, seed, f"init/{path}", scheme).to(device, dtype) for path, leaf in flat.items()}
-    return tree.unflatten(drawn)
+    leaves = tree.flatten(declare(cfg))
+    return lambda path, first, last: _draw(leaves[path], seed, f"init/{path}", scheme, first, last)
 
 
-def _draw(leaf: Leaf, seed: int, purpose: str, scheme: str) -> Tensor:
-    draw = leaf.draw
+def _draw(leaf: Leaf, seed: int, purpose: str, scheme: str, first: int, last: int) -> Tensor:
+    draw, row = leaf.draw, leaf.shape[1:]
     if scheme == "nonzero":
         draw = "xavier" if len(leaf.shape) == 2 else {"one": "near_one", "zero": "small"}[draw]
     if draw in ("zero", "one"):
-        return torch.full(leaf.shape, float(draw == "one"))
+        return torch.full((last - first, *row), float(draw == "one"))
     bound = (6 / sum(leaf.shape)) ** 0.5
-    out = np.empty(leaf.shape, dtype=np.float32)
-    # Blocks of rows with a generator each: any process can draw its own rows without the rows before.
-    rows = max(1, 2**20 // int(np.prod(leaf.shape[1:])))
-    for block, start in enumerate(range(0, leaf.shape[0], rows)):
-        part, rng = out[start : start + rows], random.generator(seed, purpose, block)
+    # Blocks of rows with a generator each: any process can draw its own rows without those before its first block.
+    rows = max(1, 2**20 // math.prod(row))
+    out = np.empty((last - first, *row), dtype=np.float32)
+    for block in range(first // rows, -(-last // rows)):
+        start, stop = block * rows, min((block + 1) * rows, leaf.shape[0])
+        part, rng = np.empty((stop - start, *row), dtype=np.float32), random.generator(seed, purpose, block)
         if draw == "xavier":
             rng.random(out=part, dtype=np.float32)
             part *= 2 * bound
@@ -187,6 +195,8 @@ def _draw(leaf: Leaf, seed: int, purpose: str, scheme: str) -> Tensor:
             rng.standard_normal(out=part, dtype=np.float32)
             part *= 0.02 if draw == "small" else 0.1
             part += draw == "near_one"
+        low, high = max(start, first), min(stop, last)
+        out[low - first : high - first] = part[low - start : high - start]
     return torch.from_numpy(out)
 
 

@@ -1,25 +1,31 @@
 """The training fold: the chain of stages forward, and its vjp folded backward.
 
 The same numbers as differentiating `ff.loss`, in less memory and time: gradients appear stage by stage, and what a
-stage kept for its backward pass is freed as soon as that has run. `remat="full"` keeps each stage's input alone and
-runs the stage again on the way back (Griewank & Walther 2000; Chen et al. 2016, arXiv:1604.06174).
+stage kept for its backward pass is freed as soon as that has run. A stage's parameters are gathered when it is their
+turn, forward and again backward, and not held on to in between (`parallel/sharding.py`). `remat="full"` keeps each
+stage's input alone and runs the stage again on the way back (Griewank & Walther 2000; Chen et al. 2016,
+arXiv:1604.06174).
 """
 
 import functools
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from flux_func import tree
 from flux_func.flow import path
 from flux_func.models import flux
 from flux_func.models.layers import Ops, Params
+from flux_func.parallel.sharding import ONE_PROCESS, Reduction, Sharding, Stream
 
 Pull = Callable[[Any], tuple]
 Vjp = Callable[..., tuple[Any, Pull]]
+# (fn, params, *carry) to (fn(params, *carry), pull); `pull(cotangent, params)` is given the parameters again.
+Visit = Callable[..., tuple[Any, Callable[[Any, Params], tuple]]]
 
 
 def autograd_vjp(fn: Callable, *primals: tree.Tree) -> tuple[Any, Pull]:
@@ -43,18 +49,88 @@ def autograd_vjp(fn: Callable, *primals: tree.Tree) -> tuple[Any, Pull]:
     return tree.map(torch.Tensor.detach, out), pull
 
 
-def remat(vjp: Vjp) -> Vjp:
-    """Returns a vjp that keeps the primals alone, and runs the function again when pulled."""
+def _lending_vjp(
+    numbers: dict, fn: Callable, params: Params, *carry: tree.Tree
+) -> tuple[Any, Callable[[Any, Params], tuple]]:
+    """A visit by `autograd_vjp` that does not hold on to the parameters.
 
-    def recomputing(fn: Callable, *primals: tree.Tree) -> tuple[Any, Pull]:
+    What the graph would save of them, weights for the gradients of their inputs, is put down as a place among them.
+    In the graph stand-ins of theirs are differentiated, each an element of `numbers` {type: scalar} repeated.
+    """
+    lent = tree.leaves(params)
+    places = {leaf.untyped_storage()._cdata: place for place, leaf in enumerate(lent)}
+
+    def pack(saved: Tensor) -> Any:
+        place = places.get(saved.untyped_storage()._cdata)
+        if place is None:
+            return saved
+        return place, saved.shape, saved.stride(), saved.storage_offset() - lent[place].storage_offset()
+
+    def unpack(kept: Any) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        place, shape, strides, offset = kept
+        return lent[place].as_strided(shape, strides, lent[place].storage_offset() + offset)
+
+    for leaf in lent:
+        numbers.setdefault(leaf.dtype, leaf.new_empty(()))
+    del leaf
+    stand_ins = tree.map(lambda leaf: numbers[leaf.dtype].expand(leaf.shape), params)
+
+    def run(stand_ins: Params, *carry: tree.Tree) -> Any:
+        with saved_tensors_hooks(pack, unpack):
+            return fn(tree.map(_Lend.apply, stand_ins, params), *carry)
+
+    out, inner = autograd_vjp(run, stand_ins, *carry)
+    lent, params = [], None
+
+    def pull(cotangent: tree.Tree, params: Params) -> tuple:
+        nonlocal lent
+        lent = tree.leaves(params)
+        try:
+            return inner(cotangent)
+        finally:
+            lent = []
+
+    return out, pull
+
+
+class _Lend(torch.autograd.Function):
+    """A parameter's values under a stand-in's name: the graph knows the stand-in, which takes no memory."""
+
+    @staticmethod
+    def forward(ctx: Any, stand_in: Tensor, leaf: Tensor) -> Tensor:
+        return leaf.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def _keep(vjp: Vjp) -> Visit:
+    """A visit that keeps what the backward pass needs, but for the parameters where `vjp` can do without."""
+    if vjp is autograd_vjp:
+        return functools.partial(_lending_vjp, {})
+
+    def keeping(fn: Callable, params: Params, *carry: tree.Tree) -> tuple[Any, Callable[[Any, Params], tuple]]:
+        out, pull = vjp(fn, params, *carry)
+        return out, lambda cotangent, params: pull(cotangent)
+
+    return keeping
+
+
+def _recompute(vjp: Vjp) -> Visit:
+    """A visit that keeps the stage's input alone, and runs the stage again when pulled."""
+
+    def recomputing(fn: Callable, params: Params, *carry: tree.Tree) -> tuple[Any, Callable[[Any, Params], tuple]]:
         with torch.no_grad():
-            out = fn(*primals)
-        return out, lambda cotangent: vjp(fn, *primals)[1](cotangent)
+            out = fn(params, *carry)
+        return out, lambda cotangent, params: vjp(fn, params, *carry)[1](cotangent)
 
     return recomputing
 
 
-REMAT = {"none": lambda vjp: vjp, "full": remat}
+REMAT = {"none": _keep, "full": _recompute}
 
 
 def grad_and_value(
@@ -67,42 +143,92 @@ def grad_and_value(
     denominator: float | None = None,
     into: Params | None = None,
     vjp: Vjp = autograd_vjp,
+    sharding: Sharding = ONE_PROCESS,
+    last: bool = True,
 ) -> tuple[Params, Tensor]:
     """Returns (gradients, loss) of `ff.loss`, as torch.func.grad_and_value(ff.loss) would.
 
     Args:
-      params, cfg, batch, ops, denominator: as for `ff.loss`.
+      params, cfg, batch, ops, denominator: as for `ff.loss`. Sharded, params are what this process has of them and
+        batch its samples; the denominator is then to be given, times `sharding.repeats`.
       remat: "none", or "full": each stage is run again in the backward pass.
       into: gradients so far, to which these are added in place: accumulation over micro-batches.
       vjp: how a stage is differentiated; torch.func.vjp to differentiate through the step.
+      sharding: where the parameters are and where their gradients go; by default, one process.
+      last: whether no micro-batch is to follow. Gradients are added up over the processes after the last one; before,
+        they are whole, this process's alone, and in `sharding.reduce`.
+
+    Returns:
+      The gradients, of what `sharding.grads` gives this process, and this process's part of the loss.
 
     Raises:
       ValueError: a policy that does not exist, or shapes that do not fit.
     """
     if remat not in REMAT:
         raise ValueError(f"remat {remat!r} should be one of {', '.join(map(repr, REMAT))}")
-    vjp, pulls = REMAT[remat](vjp), []
-    carry, const = path.inputs(cfg, batch, denominator)
-    for unit in _units(path.chain(cfg)):
-        run, part = functools.partial(_run, unit, ops, const), unit[0].select(params)
+    carry, const = sharding.split(*path.inputs(cfg, batch, denominator))
+    units = _units(path.chain(cfg))
+    selects = [unit[0].select for unit in units]
+    stream = Stream(sharding, params, [*selects, *reversed(selects)])
+    visit, pulls = REMAT[remat](vjp), []
+    for unit in units:
+        run = functools.partial(_run, unit, ops, const)
         if pulls:
-            carry, pull = vjp(run, part, carry)
+            carry, pull = visit(run, stream.take(), carry)
         else:
             # The batch itself is not differentiated: the first stage is a function of its parameters alone.
-            carry, pull = vjp(functools.partial(run, carry=carry), part)
+            carry, pull = visit(functools.partial(run, carry=carry), stream.take())
         pulls.append((unit[0], pull))
-    loss, cotangent, parts = carry["loss"], {"loss": torch.ones_like(carry["loss"])}, []
+    loss, cotangent = carry["loss"], {"loss": torch.ones_like(carry["loss"])}
     del carry, const, run, pull
+    gradients = _Gradients(sharding, into, last)
     while pulls:
         stage, pull = pulls.pop()
-        part, *rest = pull(cotangent)
+        part, *rest = pull(cotangent, stream.take())
         cotangent = rest[0] if rest else None
         del pull
-        parts.append((stage, part if into is None else _add(stage.select(into), part)))
-    grads: Params = {}
-    for stage, part in reversed(parts):
-        stage.place(grads, part)
-    return {key: grads[key] for key in params}, loss.detach()
+        gradients.add(stage, part)
+        del part
+    return gradients.collect(params), loss.detach()
+
+
+class _Gradients:
+    """The gradients of a fold's stages, from the last to the first, added up in the background."""
+
+    def __init__(self, sharding: Sharding, into: Params | None, last: bool):
+        self._sharding, self._into, self._last = sharding, into, last
+        self._running: deque[tuple[flux.Stage, Reduction]] = deque()
+        self._parts: list[tuple[flux.Stage, Params]] = []
+
+    def add(self, stage: flux.Stage, part: Params) -> None:
+        """Takes a stage's gradients; the sums under way go one step on."""
+        part = self._sharding.to_reduce(part)
+        if self._into is not None:
+            part = _add(stage.select(self._into), part)
+        if not self._last:
+            self._parts.append((stage, part))
+            return
+        self._running.append((stage, self._sharding.reduction(stage.select, part)))
+        del part
+        self._advance()
+
+    def collect(self, like: Params) -> Params:
+        """Waits for all sums; returns the tree of gradients, its keys in the order of `like`'s."""
+        while self._running:
+            self._advance()
+        grads: Params = {}
+        for stage, part in reversed(self._parts):
+            stage.place(grads, part)
+        return {key: grads[key] for key in like}
+
+    def _advance(self) -> None:
+        for _ in range(len(self._running)):
+            stage, reduction = self._running.popleft()
+            try:
+                next(reduction)
+                self._running.append((stage, reduction))
+            except StopIteration as done:
+                self._parts.append((stage, done.value))
 
 
 def _units(stages: Sequence[flux.Stage]) -> list[list[flux.Stage]]:

@@ -231,7 +231,7 @@ def global_norm(grads: Tree) -> Tensor:
 
 
 @torch.no_grad()
-def clip(grads: Tree, max_norm: float) -> tuple[Tree, Tensor]:
+def clip(grads: Tree, max_norm: float, norm: Tensor | None = None) -> tuple[Tree, Tensor]:
     """Scales gradients in place so that their global norm is at most max_norm, as torch's clip_grad_norm_ does.
 
     Nothing waits for the device: the factor stays a tensor. A norm that is not finite spoils all gradients.
@@ -239,14 +239,31 @@ def clip(grads: Tree, max_norm: float) -> tuple[Tree, Tensor]:
     Args:
       grads: the gradients' tree.
       max_norm: the largest norm; 0: the gradients are left as they are.
+      norm: theirs, where they are a part of what it is taken of; None: `global_norm`.
 
     Returns:
-      The same tree, and the norm before scaling (see `global_norm`).
+      The same tree, and the norm before scaling.
     """
-    norm = global_norm(grads)
+    norm = global_norm(grads) if norm is None else norm
     if max_norm:
         torch._foreach_mul_(tree.leaves(grads), (max_norm / (norm + 1e-6)).clamp(max=1))
     return grads, norm
+
+
+def is_elementwise(optimizer: Optimizer) -> bool:
+    """Returns whether an update does the same to a leaf and to its parts, as steps on a matrix and its halves show."""
+    rng = torch.Generator().manual_seed(0)
+    draws = [torch.randn(4, 4, generator=rng) for _ in range(4)]
+
+    def after(rows: slice) -> Tensor:
+        params = {"weight": draws[0][rows].clone()}
+        state = optimizer.init(params)
+        for grad in draws[1:]:
+            params, state = optimizer.update({"weight": grad[rows].clone()}, state, params)
+        return params["weight"]
+
+    halves = torch.cat([after(slice(0, 2)), after(slice(2, 4))])
+    return torch.allclose(after(slice(0, 4)), halves, rtol=1e-5, atol=1e-8)
 
 
 # From the config.

@@ -1,20 +1,27 @@
 """The train state: one tree of parameters, optimizer state and, where it is kept, their moving average."""
 
 import dataclasses
-import math
+import functools
+from collections.abc import Callable
 
 import ml_collections
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from flux_func import tree
 from flux_func.errors import UserError
 from flux_func.interop import recognize
-from flux_func.interop.stored import Stored, warn_of_left_out
+from flux_func.interop.stored import Stored, cast, warn_of_left_out
 from flux_func.models import flux
 from flux_func.models.layers import Params, at_least_float32
+from flux_func.parallel import placements
+from flux_func.parallel.placements import Placement
+from flux_func.parallel.sharding import ONE_PROCESS, Sharding
 from flux_func.train.optimizer import Optimizer
 
+# (dotted path, first, last) to those rows of the leaf.
+Rows = Callable[[str, int, int], Tensor]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # The model's input channels where it is told of an image by its noise alone: 16 latents in 2x2 patches.
 IN_CHANNELS = 64
@@ -32,13 +39,6 @@ def find_weights(path: str, part: str, field: str) -> Stored:
         raise UserError(f"{field} is {path!r}: {str(error).removeprefix(f'{path}: ')}") from error
     warn_of_left_out(weights)
     return weights
-
-
-def read_weights(weights: Stored, dtype: torch.dtype, device: torch.device) -> Params:
-    """Returns the parameters, read leaf by leaf under a progress bar that counts bytes."""
-    total = sum(math.prod(shape) * weights.types[path].itemsize for path, shape in weights.layout.ours.items())
-    with tqdm(total=total, desc="reading weights", unit="B", unit_scale=True) as bar:
-        return weights.params(dtype, device, bar.update)
 
 
 def model_config(config: ml_collections.ConfigDict, weights: Stored | None = None) -> flux.FluxConfig:
@@ -97,26 +97,66 @@ def create(
     optimizer: Optimizer,
     device: torch.device,
     weights: Stored | None = None,
+    sharding: Sharding = ONE_PROCESS,
 ) -> dict:
     """Returns the state before the first step: {"params": ..., "opt": ..., "ema": ... where ema.decay is not 0}.
 
-    The parameters are those of `weights`, or else drawn; the average starts at them either way.
+    The parameters are those of `weights`, or else drawn; the average starts at them either way. A process draws or
+    reads no more of them than it is to have.
     """
     dtype = DTYPES[config.numerics.param]
-    if weights is not None:
-        params = read_weights(weights, dtype, device)
+    if weights is None:
+        draw = flux.drawing(cfg, config.train.seed, config.model.init)
+        params = _read(draw, flux.abstract(cfg, dtype), device, sharding, "drawing weights")
     else:
-        params = flux.init(cfg, seed=config.train.seed, dtype=dtype, device=device, scheme=config.model.init)
-    return _around(params, config, optimizer)
+        params = read_weights(weights, dtype, device, sharding)
+    parts = _around(params, config, optimizer, sharding)
+    places = placement(abstract(config, cfg, optimizer), sharding)
+    leaves = {
+        path: placements.distribute(leaf, places[path], sharding.mesh) for path, leaf in tree.flatten(parts).items()
+    }
+    return tree.unflatten(leaves)
+
+
+def read_weights(weights: Stored, dtype: torch.dtype, device: torch.device, sharding: Sharding = ONE_PROCESS) -> Params:
+    """Returns what this process is to have of the parameters, no more of which it reads."""
+
+    def rows(path: str, first: int, last: int) -> Tensor:
+        return cast(weights.rows(path, first, last), dtype, path)
+
+    shapes = {path: torch.empty(shape, dtype=dtype, device="meta") for path, shape in weights.layout.ours.items()}
+    return _read(rows, tree.unflatten(shapes), device, sharding, "reading weights")
+
+
+def _read(rows: Rows, shapes: Params, device: torch.device, sharding: Sharding, doing: str) -> Params:
+    """Returns what this process is to have of each leaf, under a progress bar that counts bytes."""
+    flat, params = tree.flatten(shapes), {}
+    places = placements.whole(flat) if sharding.params is None else tree.flatten(sharding.params)
+    total = sum(place.local_bytes(sharding.mesh) for place in places.values())
+    with tqdm(total=total, desc=doing, unit="B", unit_scale=True) as bar:
+        for path, place in places.items():
+            params[path] = placements.read(place, sharding.mesh, functools.partial(rows, path), device)
+            bar.update(params[path].nbytes)
+    return tree.unflatten(params)
 
 
 def abstract(config: ml_collections.ConfigDict, cfg: flux.FluxConfig, optimizer: Optimizer) -> dict:
-    """Returns the same tree on the meta device: shapes and types without memory."""
+    """Returns the whole state on the meta device: shapes and types without memory."""
     return _around(flux.abstract(cfg, DTYPES[config.numerics.param]), config, optimizer)
 
 
-def _around(params: Params, config: ml_collections.ConfigDict, optimizer: Optimizer) -> dict:
-    state = {"params": params, "opt": optimizer.init(params)}
+def placement(state: dict, sharding: Sharding) -> dict[str, Placement]:
+    """Returns where every leaf of a whole state, meta tensors too, is to be, by its dotted path."""
+    flat = tree.flatten(state)
+    if sharding.params is None:
+        return placements.whole(flat)
+    return placements.of_state(flat, tree.flatten(sharding.params), tree.flatten(sharding.grads))
+
+
+def _around(
+    params: Params, config: ml_collections.ConfigDict, optimizer: Optimizer, sharding: Sharding = ONE_PROCESS
+) -> dict:
+    state = {"params": params, "opt": optimizer.init(sharding.owned(params))}
     if config.ema.decay:
         # A thousandth of a bfloat16 weight's change would be rounded away.
         state["ema"] = tree.map(lambda leaf: leaf.to(at_least_float32(leaf.dtype), copy=True), params)

@@ -7,19 +7,15 @@ import ml_collections
 import torch
 from torch import Tensor
 
+from flux_func import tree
 from flux_func.flow import timesteps
 from flux_func.models import flux
-from flux_func.models.layers import Ops
-from flux_func.parallel import fold
+from flux_func.models.layers import Ops, Params
+from flux_func.parallel import collectives, fold, placements
+from flux_func.parallel.sharding import Sharding
 from flux_func.train import optimizer as optimizers
 from flux_func.train.encoders import Encoders
-from flux_func.train.state import DTYPES
-from flux_func.transforms import ema, precision
-
-
-def make_ops(config: ml_collections.ConfigDict) -> Ops:
-    """Returns the Ops of a run: stages computed in numerics.compute, whatever type their parameters are kept in."""
-    return Ops(wrap_stage=precision.compute_in(DTYPES[config.numerics.compute]))
+from flux_func.transforms import ema
 
 
 def micro_batches(batch: Mapping[str, Any], count: int) -> Iterator[dict[str, Any]]:
@@ -66,25 +62,60 @@ def train_step(
     encoders: Encoders,
     optimizer: optimizers.Optimizer,
     device: torch.device,
+    sharding: Sharding,
+    ops: Ops = Ops(),
 ) -> tuple[dict, dict[str, Tensor]]:
     """Returns the state after one step, and {"loss", "grad_norm"} as scalars on the device; `state` is donated.
 
     Args:
       state: as `state.create` makes it.
-      batch: from data.pipeline, of train.batch_size samples.
+      batch: from data.pipeline: this process's share of train.batch_size samples.
       step: counted from 0.
-      cfg, config, encoders, optimizer, device: what stays the same through a run.
+      cfg, config, encoders, optimizer, device, sharding, ops: what stays the same through a run.
     """
-    grads, loss, ops = None, 0.0, make_ops(config)
-    elements = batch["noise"].size
-    for micro in micro_batches(batch, config.train.accumulate):
+    here, grads, loss = placements.shards(state), None, 0.0
+    denominator = config.train.batch_size * batch["noise"][0].size * sharding.repeats
+    for turn, micro in enumerate(micro_batches(batch, config.train.accumulate), 1):
         inputs = train_batch(micro, encoders, config, cfg, device)
         grads, part = fold.grad_and_value(
-            state["params"], cfg, inputs, ops, config.remat.policy, denominator=elements, into=grads
+            here["params"],
+            cfg,
+            inputs,
+            ops,
+            config.remat.policy,
+            denominator=denominator,
+            into=grads,
+            sharding=sharding,
+            last=turn == config.train.accumulate,
         )
         loss = loss + part
-    grads, norm = optimizers.clip(grads, config.optimizer.clip_norm)
-    state["params"], state["opt"] = optimizer.update(grads, state["opt"], state["params"])
-    if "ema" in state:
-        state["ema"] = ema.update(state["ema"], state["params"], ema.decay_at(step, config.ema.decay))
+    loss, norm = totals(loss, grads, sharding)
+    grads, norm = optimizers.clip(grads, config.optimizer.clip_norm, norm)
+    mine = sharding.owned(here["params"])
+    optimizer.update(grads, here["opt"], mine)
+    sharding.publish(mine, here["params"])
+    if "ema" in here:
+        ema.update(here["ema"], here["params"], ema.decay_at(step, config.ema.decay))
     return state, {"loss": loss, "grad_norm": norm}
+
+
+def totals(loss: Tensor, grads: Params, sharding: Sharding) -> tuple[Tensor, Tensor]:
+    """Returns the loss and the gradients' global norm over all processes, the same bits in each.
+
+    Args:
+      loss: this process's part.
+      grads: this process's part of the gradients, summed already.
+      sharding: which parts of them others have too.
+    """
+    mesh = sharding.mesh
+    if mesh.size() == 1:
+        return loss, optimizers.global_norm(grads)
+    by_axes: dict[tuple[str, ...], list[Tensor]] = {}
+    for grad, place in zip(tree.leaves(grads), tree.leaves(sharding.grads), strict=True):
+        by_axes.setdefault(place.axes, []).append(grad)
+    # What several processes have counts once.
+    squares = [
+        optimizers.global_norm(same).double() ** 2 * mesh.size(axes) / mesh.size() for axes, same in by_axes.items()
+    ]
+    sums = collectives.wait(collectives.start_all_reduce(torch.stack([loss.double(), sum(squares)]), mesh.group()))
+    return sums[0].to(loss.dtype), sums[1].sqrt().to(loss.dtype)

@@ -1,0 +1,251 @@
+"""What lives where: tables from path patterns to mesh axes, and the placement of every leaf that they come to.
+
+A table's row is (pattern, {mesh axis: tensor dimension}): the leaves that the pattern fits are split along that
+dimension over that axis, and repeated over the axes that are not named. The first row that fits counts. So FSDP, HSDP,
+DDP and ZeRO are rows, as sharding rules are in google-research/big_vision and in JAX's PartitionSpecs:
+
+  (("*", {"shard": 0, "context": 0}),)    parameters in equal parts along their rows: FSDP, or HSDP with `replicate`
+  (("*", {}),)                            each process has them whole: DDP
+
+A dimension that does not divide gives way to the next that does.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from flux_func import tree
+from flux_func.errors import UserError
+from flux_func.parallel.mesh import AXES, Mesh
+
+Row = tuple[str, Mapping[str, int]]
+Table = Sequence[Row]
+
+# Of the bytes of a tree, how many may be repeated because no dimension divides.
+MOST_UNASKED = 0.05
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one leaf is.
+
+    Attributes:
+      shape: of the whole leaf.
+      dtype: of the leaf.
+      axes: the mesh axes it is split over, outermost first; none: every process has it whole.
+      dim: the dimension that is split.
+      note: why it is not as its row says; "" where it is.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    axes: tuple[str, ...] = ()
+    dim: int = 0
+    note: str = ""
+
+    def local(self, mesh: Mesh) -> tuple[slice, ...]:
+        """Returns what this process has of the leaf, a slice for each dimension."""
+        slices = [slice(0, size) for size in self.shape]
+        if self.axes:
+            size, index = self.shape[self.dim] // mesh.size(self.axes), mesh.index(self.axes)
+            slices[self.dim] = slice(index * size, (index + 1) * size)
+        return tuple(slices)
+
+    def local_shape(self, mesh: Mesh) -> tuple[int, ...]:
+        """Returns the shape of what each process has of the leaf."""
+        return tuple(part.stop - part.start for part in self.local(mesh))
+
+    def local_bytes(self, mesh: Mesh) -> int:
+        """Returns the bytes of what each process has of the leaf."""
+        return math.prod(self.local_shape(mesh)) * self.dtype.itemsize
+
+    def torch(self) -> list[Shard | Replicate]:
+        """Returns it as DTensor says it: a placement for each axis of the mesh."""
+        return [Shard(self.dim) if axis in self.axes else Replicate() for axis in AXES]
+
+
+def resolve(table: Table, leaves: Mapping[str, Tensor], mesh: Mesh, field: str) -> dict[str, Placement]:
+    """Returns the placement of every leaf.
+
+    Args:
+      table: rows, of which the first that fits counts; a leaf that none fits is repeated.
+      leaves: {dotted path: tensor}, meta tensors too.
+      mesh: the processes.
+      field: the table's name in messages, such as "parallel.params".
+
+    Raises:
+      UserError: a row that cannot be, or more than `MOST_UNASKED` of the bytes repeated since nothing divides; the
+        line says which sizes would divide.
+    """
+    check(table, field)
+    found = {path: _place(table, path, leaf, mesh) for path, leaf in leaves.items()}
+    unasked = {path: p for path, p in found.items() if p.note and not p.axes}
+    total = sum(_bytes(p) for p in found.values())
+    repeated = sum(_bytes(p) for p in unasked.values())
+    if repeated > MOST_UNASKED * total:
+        path, placement = max(unasked.items(), key=lambda item: _bytes(item[1]))
+        axes = _split_axes(table, path, mesh)
+        fits = [n for n in range(1, 2 * mesh.size(axes)) if any(size % n == 0 for size in placement.shape)]
+        nearest = sorted(fits, key=lambda n: abs(n - mesh.size(axes)))[:4]
+        raise UserError(
+            f"{field} splits over {' x '.join(axes)} = {mesh.size(axes)}: {repeated / total:.0%} of the bytes have no "
+            f"dimension that divides, such as {path} {list(placement.shape)}; "
+            f"sizes that would: {', '.join(map(str, sorted(nearest)))}"
+        )
+    return found
+
+
+def check(table: Table, field: str) -> None:
+    """Checks the rows of a table by themselves; UserError names the field and the row."""
+    for entry in table:
+        where = f"{field} has the row {entry!r}"
+        if not (isinstance(entry, (tuple, list)) and len(entry) == 2 and isinstance(entry[0], str)):
+            raise UserError(f'{where}: should be (pattern, {{axis: dimension}}), such as ("*", {{"shard": 0}})')
+        if not isinstance(entry[1], Mapping):
+            raise UserError(f'{where}: its second part should be {{axis: dimension}}, such as {{"shard": 0}}')
+        for axis, dim in entry[1].items():
+            if axis not in AXES:
+                raise UserError(f"{where}: there is no axis {axis!r}; the mesh has {', '.join(AXES)}")
+            if type(dim) is not int or dim < 0:
+                raise UserError(f"{where}: the dimension of {axis!r} is {dim!r}; should be 0, 1, ...")
+        if len(set(entry[1].values())) > 1:
+            raise UserError(f"{where}: its axes split different dimensions; they should split one")
+
+
+def _place(table: Table, path: str, leaf: Tensor, mesh: Mesh) -> Placement:
+    placement, axes = Placement(tuple(leaf.shape), leaf.dtype), _split_axes(table, path, mesh)
+    if not axes:
+        return placement
+    wanted, size = next(iter(row(table, path).values())), mesh.size(axes)
+    for dim in sorted(range(leaf.ndim), key=lambda dim: (dim - wanted) % leaf.ndim):
+        if leaf.shape[dim] and leaf.shape[dim] % size == 0:
+            note = "" if dim == wanted else f"dimension {wanted} does not divide by {size}"
+            return replace(placement, axes=axes, dim=dim, note=note)
+    return replace(placement, note=f"no dimension divides by {size}") if leaf.ndim else placement
+
+
+def row(table: Table, path: str) -> Mapping[str, int]:
+    """Returns {mesh axis: dimension} of the first row that fits a path, {} where none does."""
+    return next((axes for pattern, axes in table if tree.match((pattern,), path)), {})
+
+
+def _split_axes(table: Table, path: str, mesh: Mesh) -> tuple[str, ...]:
+    named = row(table, path)
+    return tuple(axis for axis in AXES if axis in named and mesh.sizes[axis] > 1)
+
+
+def _bytes(placement: Placement) -> int:
+    return math.prod(placement.shape) * placement.dtype.itemsize
+
+
+# Leaves.
+
+
+def local(leaf: Tensor) -> Tensor:
+    """Returns what this process has of a leaf: the tensor itself where it is no DTensor. It shares the memory."""
+    return leaf.to_local() if isinstance(leaf, DTensor) else leaf
+
+
+@torch.no_grad()
+def shards(state: tree.Tree) -> tree.Tree:
+    """Returns what this process has of every leaf of a tree; see `local`."""
+    return tree.map(local, state)
+
+
+def distribute(shard: Tensor, placement: Placement, mesh: Mesh) -> Tensor:
+    """Returns the leaf whose part on this process is `shard`: a DTensor over its memory; itself on one process."""
+    if mesh.devices is None:
+        return shard
+    strides = torch.empty(placement.shape, device="meta").stride()
+    return DTensor.from_local(
+        shard, mesh.devices, placement.torch(), run_check=False, shape=torch.Size(placement.shape), stride=strides
+    )
+
+
+def read(
+    placement: Placement,
+    mesh: Mesh,
+    rows: Callable[[int, int], Tensor],
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Returns this process's part of a leaf [...], read by no more rows at a time than make up such a part.
+
+    Args:
+      placement: of the leaf.
+      mesh: the processes.
+      rows: (first, last) to those rows of the whole leaf, in any type.
+      device: of the result, which has the placement's type.
+    """
+    part = placement.local(mesh)
+    out = torch.empty(placement.local_shape(mesh), dtype=placement.dtype, device=device)
+    if not placement.shape:
+        return out.copy_(rows(0, 1).reshape(()))
+    first, last = part[0].start, part[0].stop
+    share = max(1, math.prod(out.shape) // math.prod(placement.shape[1:])) if placement.dim else last - first
+    for start in range(first, last, share):
+        stop = min(start + share, last)
+        out[start - first : stop - first].copy_(rows(start, stop)[(slice(None), *part[1:])])
+    return out
+
+
+# The table as it came out.
+
+
+def describe(placements: Mapping[str, Placement], mesh: Mesh) -> list[tuple[str, str, str, int]]:
+    """Returns (leaf group, shape, placement, bytes per process), a group being the same leaf of every block."""
+    groups: dict[tuple, list[Placement]] = {}
+    for path, placement in placements.items():
+        name = re.sub(rf"\b({'|'.join(tree.LISTS)})\.\d+\.", r"\1.*.", path)
+        groups.setdefault((name, placement), []).append(placement)
+    return [
+        (
+            name if len(members) == 1 else f"{name} (x{len(members)})",
+            f"{str(placement.dtype).removeprefix('torch.')}{list(placement.shape)}",
+            say(placement, mesh),
+            sum(member.local_bytes(mesh) for member in members),
+        )
+        for (name, placement), members in groups.items()
+    ]
+
+
+def say(placement: Placement, mesh: Mesh) -> str:
+    """Returns a placement in words: `dimension 0 over shard=4 x context=2`."""
+    split = " x ".join(f"{axis}={mesh.sizes[axis]}" for axis in placement.axes)
+    words = f"dimension {placement.dim} over {split}" if split else "repeated"
+    return f"{words} ({placement.note})" if placement.note else words
+
+
+def whole(leaves: Mapping[str, Tensor]) -> dict[str, Placement]:
+    """Returns the placement of leaves that every process has whole."""
+    return {path: Placement(tuple(leaf.shape), leaf.dtype) for path, leaf in leaves.items()}
+
+
+def of_state(
+    state: Mapping[str, Tensor], params: Mapping[str, Placement], grads: Mapping[str, Placement]
+) -> dict[str, Placement]:
+    """Returns the placement of every leaf of a train state {dotted path: tensor}, meta tensors too.
+
+    Parameters and their average are placed as `params` say; what an optimizer keeps of a parameter's shape as `grads`
+    say; the rest, such as counts of steps, is in every process.
+    """
+    found = {}
+    for path, leaf in state.items():
+        member, _, rest = path.partition(".")
+        place = (
+            params.get(rest) if member != "opt" else next((grads[name] for name in _named(rest) if name in grads), None)
+        )
+        fits = place is not None and place.shape == tuple(leaf.shape)
+        found[path] = replace(place, dtype=leaf.dtype) if fits else Placement(tuple(leaf.shape), leaf.dtype)
+    return found
+
+
+def _named(path: str) -> Iterator[str]:
+    """Yields what in a path of an optimizer's state may be a parameter's: exp_avg.PATH, or state.PATH.exp_avg."""
+    rest = path.partition(".")[2]
+    yield rest
+    yield rest.rpartition(".")[0]

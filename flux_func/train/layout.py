@@ -1,0 +1,82 @@
+"""How a run is laid out over its processes: the sharding that its config comes to, checked, and in words."""
+
+from collections.abc import Mapping
+
+import ml_collections
+
+from flux_func import tree
+from flux_func.errors import UserError
+from flux_func.models import flux
+from flux_func.models.layers import Ops
+from flux_func.parallel import attention, placements, sharding
+from flux_func.parallel.mesh import Mesh
+from flux_func.parallel.placements import Placement
+from flux_func.parallel.sharding import Sharding
+from flux_func.train import optimizer as optimizers
+from flux_func.train.state import DTYPES
+
+
+def build(
+    config: ml_collections.ConfigDict, cfg: flux.FluxConfig, optimizer: optimizers.Optimizer, mesh: Mesh
+) -> Sharding:
+    """Returns the sharding of a run.
+
+    Raises:
+      UserError: sizes that do not divide (the line says which would), a table that cannot be honoured, or an optimizer
+        that needs whole what is split.
+    """
+    n = config.numerics
+    shapes = flux.abstract(cfg, DTYPES[n.param])
+    made = sharding.from_config(config, shapes, mesh, DTYPES[n.compute], DTYPES[n.reduce])
+    _check_batch(config, made)
+    image_tokens = (config.data.image_size // 16) ** 2
+    if made.splits:
+        p = config.parallel
+        attention.check(
+            p.attention, mesh.sizes["context"], p.ulysses, cfg.num_heads, config.text.max_length, image_tokens
+        )
+    _check_optimizer(config, optimizer, made)
+    return made
+
+
+def ops(config: ml_collections.ConfigDict, made: Sharding) -> Ops:
+    """Returns how a training step's operations are done: with attention over the processes that share a sequence."""
+    if not made.splits:
+        return Ops()
+    p = config.parallel
+    return Ops(attention=attention.context_attention(p.attention, made.mesh.group(["context"]), p.ulysses))
+
+
+def say(places: Mapping[str, Placement], mesh: Mesh) -> str:
+    """Returns the resolved table of a state: what is where, and how many bytes of it a process has."""
+    rows = [("leaf", "shape", "placement", "MB a process")]
+    rows += [
+        (name, shape, where, f"{size / 1e6:.2f}") for name, shape, where, size in placements.describe(places, mesh)
+    ]
+    rows.append(("all", "", "", f"{sum(place.local_bytes(mesh) for place in places.values()) / 1e6:.2f}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _check_batch(config: ml_collections.ConfigDict, made: Sharding) -> None:
+    size, micro = config.train.batch_size, config.train.accumulate
+    count = made.mesh.size(made.batch_axes)
+    if size % (count * micro):
+        over = " x ".join(f"{axis}={made.mesh.sizes[axis]}" for axis in made.batch_axes)
+        fits = [n for n in range(1, size // micro + 1) if size % (n * micro) == 0]
+        near = max(count * micro, round(size / (count * micro)) * count * micro)
+        raise UserError(
+            f"train.batch_size is {size}: does not divide into {micro} micro-batches (train.accumulate) on {count} "
+            f"processes ({over}); {near} would, or {' or '.join(map(str, fits))} processes"
+        )
+
+
+def _check_optimizer(config: ml_collections.ConfigDict, optimizer: optimizers.Optimizer, made: Sharding) -> None:
+    split = any(place.axes for place in tree.leaves(made.grads))
+    if split and not optimizers.is_elementwise(optimizer):
+        raise UserError(
+            f"optimizer.name is {config.optimizer.name!r}: mixes the numbers of a leaf, which are split over "
+            f"processes; choose another, or have leaves whole (--config.parallel.params='((\"*\", {{}}),)')"
+        )
