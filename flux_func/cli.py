@@ -1,18 +1,28 @@
-"""What every program shares: flags are parsed, `main` runs, and a user's error is one line and exit code 2."""
+"""What every program shares: flags are parsed, `main` runs, and a user's error is one line and exit code 2.
+
+Where a program runs as several ranks, the first of them speaks for all, and a rank that fails ends the rest.
+"""
 
 import functools
 import os
 import re
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
-from absl import app, flags
+import tqdm
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from flux_func import config as configs
 from flux_func.errors import UserError
+from flux_func.parallel import failures, joining, processes
+
+# Seconds in which a signal that comes again is the same one: a scheduler sends it, and the launcher passes it on.
+SAME_SIGNAL = 5
 
 
 def define_config(required: bool = True) -> flags.FlagHolder:
@@ -41,11 +51,40 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     # In --flag=~/path a shell leaves the ~ as it is.
     sys.argv[1:] = [re.sub(r"(?<==)~(?=/)", os.path.expanduser("~"), arg, count=1) for arg in sys.argv[1:]]
     try:
+        rank, _ = processes.launched()
+        if rank:
+            _leave_talking_to_the_first(rank)
         app.run(main, flags_parser=functools.partial(_parse, main))
     except UserError as error:
-        _fail(error)
+        _fail(error, isinstance(error, joining.Unreachable))
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+        _exit(128 + signal.SIGINT)
+    except Exception as error:
+        if not _is_one_of_many():
+            raise
+        failures.fail(error)
+
+
+def _is_one_of_many() -> bool:
+    try:
+        return processes.launched()[1] > 1
+    except UserError:  # which is what will be said, by each
+        return False
+
+
+def _leave_talking_to_the_first(rank: int) -> None:
+    """Silences what a program prints, and its progress bars; what is logged, and errors, say which rank it is."""
+
+    class Formatter(logging.PythonFormatter):
+        def format(self, record):
+            return f"[rank {rank}] {super().format(record)}"
+
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+    # Bars of libraries too, which ask nobody.
+    tqdm.tqdm.__init__ = functools.partialmethod(tqdm.tqdm.__init__, disable=True)
+    handler = logging.get_absl_handler()
+    handler.setFormatter(Formatter())
+    handler.setLevel("WARNING")
 
 
 def _parse(main: Callable, argv: list[str]) -> list[str]:
@@ -124,10 +163,18 @@ def _default(flag: flags.Flag) -> str:
     return f" (default: {flag.default})" if flag.default not in (None, [], "") else ""
 
 
-def _fail(message: object) -> None:
-    line = " ".join(str(message).split())
-    print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr, flush=True)
+def _fail(message: object, again: bool = False) -> NoReturn:
+    line = f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(message).split())}"
+    if _is_one_of_many():
+        failures.refuse(line, again)
+    print(line, file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def _exit(code: int) -> NoReturn:
+    if _is_one_of_many():
+        failures.leave(code)
+    sys.exit(code)
 
 
 def define_device() -> flags.FlagHolder:
@@ -148,15 +195,40 @@ def choose_device(name: str):
 def stop_requested() -> Callable[[], str]:
     """Installs handlers of SIGTERM and SIGINT; returns a function that names the signal received, or "" .
 
-    The first signal asks the loop to stop at the next step; a second one of the same kind acts as it would have.
+    The first signal asks the loop to stop at the next step; a second one of the same kind acts as it would have. One of
+    many ranks gets the same one twice, from its launcher too, and is watched for what never comes to ask.
     """
     received: list[str] = []
+    told: list[str] = []
+    many = _is_one_of_many()
 
     def handle(number, frame):
         del frame
         received.append(signal.Signals(number).name)
-        signal.signal(number, signal.SIG_DFL)
+        if many:
+            _at_last(number)
+        else:
+            signal.signal(number, signal.SIG_DFL)
+
+    def stop() -> str:
+        told[:] = received[:1]
+        return told[0] if told else ""
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handle)
-    return lambda: received[0] if received else ""
+    if many:
+        failures.watch(lambda: bool(told))
+    return stop
+
+
+def _at_last(number: int) -> None:
+    """From some seconds on, lets a signal act as it would have."""
+    start = time.monotonic()
+
+    def handle(number, frame):
+        del frame
+        if time.monotonic() - start > SAME_SIGNAL:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    signal.signal(number, handle)

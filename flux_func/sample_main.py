@@ -3,14 +3,17 @@
     sample_main --workdir=DIR --prompt="a handwritten three" --prompt="a handwritten five"
     sample_main --workdir=DIR --prompts_file=prompts.txt --ema --steps=50 --cfg_scale=5
     sample_main --weights=FLUX.1-schnell --prompt="a red bird" --height=768 --width=1360
+    torchrun --nproc-per-node=8 -m flux_func.sample_main --weights=FLUX.1-dev --prompts_file=prompts.txt
 
 --weights is a folder with model_index.json, as diffusers saves FLUX.1 (dev, schnell, Krea and their like). What is left
 out is then as the model is meant to be sampled: 50 steps, guidance 3.5 and 512 text tokens where it has a guidance
 embedding (dev), 4 steps and 256 tokens where it has none (schnell); 1024x1024 pixels; the schedule of its scheduler.
 
-Writes one PNG a prompt, its settings in the metadata, and a grid of them all, into --out.
+Writes one PNG a prompt, its settings in the metadata, and a grid of them all, into --out. Several processes share the
+prompts, and the weights, of which each has a part and gathers the rest block by block (--shard).
 """
 
+import hashlib
 import json
 import math
 import os
@@ -26,19 +29,24 @@ from PIL import PngImagePlugin
 from torch import Tensor
 from tqdm import tqdm
 
-from flux_func import cli
+from flux_func import cli, tree
 from flux_func import config as configs
 from flux_func.data import images as pictures
 from flux_func.errors import UserError
+from flux_func.models import flux
 from flux_func.models.layers import Params
+from flux_func.parallel import mesh as meshes
+from flux_func.parallel import placements, processes
+from flux_func.parallel.mesh import ONE, Mesh
+from flux_func.parallel.sharding import Sharding
 from flux_func.train import encoders, generate, origin
 from flux_func.train.origin import Origin
 from flux_func.train.state import DTYPES
 
 # More than this and a grid is no longer looked at: the first ones stand for all.
 GRID_IMAGES = 100
-# Up to this many prompts are encoded before the model is read, so that T5 and the model are never there at once; the
-# encodings of more would be as large as T5.
+# Up to this many prompts of a process are encoded before the model is read, so that T5 and the model are never there
+# at once; the encodings of more would be as large as T5.
 ENCODED_AHEAD = 256
 # Flags that stand for a field of the config where they are left out.
 FROM_CONFIG = {
@@ -55,6 +63,20 @@ FROM_CONFIG = {
 OF_ENCODERS = ("max_length", "dtype")
 # Flags that say which of a run's weights.
 OF_RUNS = ("step", "ema")
+# Flags that every process is to be given alike.
+ALIKE = (
+    *FROM_CONFIG,
+    *OF_RUNS,
+    "workdir",
+    "weights",
+    "prompt",
+    "prompts_file",
+    "negative_prompt",
+    "batch_size",
+    "shard",
+    "out",
+    "overwrite",
+)
 
 
 def run() -> None:
@@ -84,7 +106,8 @@ def _define_flags() -> None:
         ["float32", "bfloat16"],
         "What to compute in; left out: the run's numerics.compute, or float32 for a pipeline that is, else bfloat16.",
     )
-    flags.DEFINE_integer("batch_size", 8, "Images sampled at once.")
+    flags.DEFINE_integer("batch_size", 8, "Images that a process samples at once.")
+    flags.DEFINE_integer("shard", -1, "Processes that the weights are split over; 1: each has them whole; -1: all.")
     flags.DEFINE_string(
         "out", None, "Folder to write to; left out: samples/sample_main_NNN in the run's folder, or in this one."
     )
@@ -95,20 +118,29 @@ def _define_flags() -> None:
 def main(argv: list[str]) -> None:
     """Samples as the flags say."""
     del argv
-    sample(flags.FLAGS)
+    device = cli.choose_device(flags.FLAGS.device)
+    processes.start(device)
+    sample(flags.FLAGS, device)
+    processes.stop()
 
 
-def sample(given: Any) -> None:
+def sample(given: Any, device: torch.device) -> None:
     """Samples as `given`, whose attributes are the flags, says; UserError before anything is written."""
-    prompts = read_prompts(given.prompt, given.prompts_file)
-    source = choose_origin(given)
-    names = (*FROM_CONFIG, "batch_size", "negative_prompt")
-    settings = choose_settings(source, {name: getattr(given, name) for name in names})
-    out = choose_out(given.workdir or ".", given.out, given.overwrite)
-    device = cli.choose_device(given.device)
-    params, codecs = load(source, prompts, settings, device)
+    with processes.together():
+        prompts = read_prompts(given.prompt, given.prompts_file)
+        source = choose_origin(given)
+        names = (*FROM_CONFIG, "batch_size", "negative_prompt")
+        settings = choose_settings(source, {name: getattr(given, name) for name in names})
+        sizes = choose_mesh(given.shard, processes.world())
+        out = choose_out(given.workdir or ".", given.out, given.overwrite)
+    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    processes.agree({**{f"--{flag}": getattr(given, flag) for flag in ALIKE}, "the hash of the prompts": digest})
+    out = processes.from_first(out)  # a number of a folder is taken once
+    sharding = lay_out(source.cfg, sizes, DTYPES[settings["dtype"]], device)
+    params, codecs = load(source, prompts, settings, sharding)
     about = {**settings, **source.about, "shift": source.config.sample.shift}
-    write(out, draw(params, source, codecs, prompts, settings), prompts, about)
+    write(out, draw(params, source, codecs, prompts, settings, sharding), prompts, about, sharding.mesh)
+    processes.gather(None)
     print(f"{len(prompts)} images and grid.png are in {out}")
 
 
@@ -190,18 +222,38 @@ def choose_out(folder: str, out: str | None, overwrite: bool) -> Path:
     return path
 
 
+def choose_mesh(shard: int, count: int) -> dict[str, int]:
+    """Returns the mesh's sizes: the weights split over `shard` (-1: all) of `count` processes, and repeated."""
+    divisors = [n for n in range(1, count + 1) if count % n == 0]
+    if shard not in (-1, *divisors):
+        there = f"{count} processes" if count > 1 else "1 process"
+        raise UserError(f"--shard is {shard}: should be -1 or divide the {there}: {', '.join(map(str, divisors))}")
+    shard = count if shard == -1 else shard
+    return {"replicate": count // shard, "shard": shard, "context": 1}
+
+
+def lay_out(cfg: flux.FluxConfig, sizes: Mapping[str, int], dtype: torch.dtype, device: torch.device) -> Sharding:
+    """Returns where the model's weights are; UserError where they do not divide."""
+    mesh, shapes = meshes.build(sizes, device.type), tree.flatten(flux.abstract(cfg, dtype))
+    places = placements.resolve((("*", {"shard": 0}),), shapes, mesh, "--shard")
+    return Sharding(mesh, tree.unflatten(places), compute=dtype, device=device)
+
+
 def load(
-    source: Origin, prompts: Sequence[str], settings: Mapping[str, Any], device: torch.device
+    source: Origin, prompts: Sequence[str], settings: Mapping[str, Any], sharding: Sharding
 ) -> tuple[Params, encoders.Encoders]:
-    """Returns the parameters and the encoders, which are done with the prompts already unless there are very many."""
-    config = source.config.copy_and_resolve_references()
+    """Returns what this process has of the parameters, and the encoders, which are done with its prompts already unless
+    there are very many."""
+    config, mesh = source.config.copy_and_resolve_references(), sharding.mesh
     config.text.max_length, config.numerics.compute = settings["max_length"], settings["dtype"]
-    codecs = source.encoders(config, device)
-    if len(prompts) <= ENCODED_AHEAD:
-        captions = {*prompts, *([settings["negative_prompt"]] if settings["cfg_scale"] != 1 else [])}
+    with processes.together():
+        codecs = source.encoders(config, sharding.device, mesh)
+    if generate.most(len(prompts), mesh) <= ENCODED_AHEAD:
+        mine = generate.share(len(prompts), mesh) or generate.stand_in(len(prompts), mesh)
+        captions = {*(prompts[i] for i in mine), *([settings["negative_prompt"]] if settings["cfg_scale"] != 1 else [])}
         with tqdm(total=len(captions), desc="encoding", unit="prompt") as bar:
             codecs = encoders.ahead(codecs, sorted(captions), settings["batch_size"], bar.update)
-    return source.load(DTYPES[settings["dtype"]], device), codecs
+    return source.load(DTYPES[settings["dtype"]], sharding), codecs
 
 
 def draw(
@@ -210,9 +262,10 @@ def draw(
     codecs: encoders.Encoders,
     prompts: Sequence[str],
     settings: Mapping[str, Any],
+    sharding: Sharding,
 ) -> Iterator[Tensor]:
-    """Yields the prompts' images, [b, 3, H, W] at a time, under a progress bar that counts Euler steps."""
-    total = generate.batch_count(len(prompts), settings["batch_size"]) * settings["steps"]
+    """Yields the images of this process's prompts, [b, 3, H, W] at a time, under a bar that counts Euler steps."""
+    total = generate.batch_count(len(prompts), settings["batch_size"], sharding.mesh) * settings["steps"]
     drawn_with = {name: value for name, value in settings.items() if name not in OF_ENCODERS}
     with tqdm(total=total, desc="sampling", unit="step") as bar:
         yield from generate.batches(
@@ -223,31 +276,37 @@ def draw(
             **drawn_with,
             shift=source.config.sample.shift,
             progress=bar.update,
+            sharding=sharding,
         )
 
 
-def write(out: Path, batches: Iterable[Tensor], prompts: Sequence[str], settings: Mapping[str, Any]) -> None:
-    """Writes each image as soon as it is there, as NNN_the-prompt.png, and then grid.png.
+def write(
+    out: Path, batches: Iterable[Tensor], prompts: Sequence[str], settings: Mapping[str, Any], mesh: Mesh = ONE
+) -> None:
+    """Writes each image as soon as it is there, as NNN_the-prompt.png, and then, from the first process, grid.png.
 
     Args:
       out: the folder; it is made if need be.
-      batches: images [b, 3, H, W] in [-1, 1], in the order of the prompts.
-      prompts: one for each image.
+      batches: images [b, 3, H, W] in [-1, 1] of this process's prompts, in their order.
+      prompts: one for each image, of all processes.
       settings: what goes into each PNG's text metadata, beside its prompt and its index.
+      mesh: the processes.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out is {os.fspath(out)!r}: cannot be made ({error.strerror}); name another") from error
-    digits, shown, index = max(3, len(str(len(prompts) - 1))), [], 0
-    for batch in batches:
-        for image in batch:
-            about = {"prompt": prompts[index], "index": index, **settings}
-            name = f"{index:0{digits}d}_{slug(prompts[index])}".rstrip("_")
-            pictures.to_pil(image.numpy()).save(out / f"{name}.png", pnginfo=metadata(about))
-            shown += [image.numpy()] if len(shown) < GRID_IMAGES else []
-            index += 1
-    pictures.grid(shown, prompts[: len(shown)]).save(out / "grid.png")
+    with processes.together():
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out is {os.fspath(out)!r}: cannot be made ({error.strerror}); name another") from error
+    digits, shown = max(3, len(str(len(prompts) - 1))), prompts[:GRID_IMAGES]
+    images, kept = (image for batch in batches for image in batch), []
+    for image, index in zip(images, generate.share(len(prompts), mesh), strict=True):
+        about = {"prompt": prompts[index], "index": index, **settings}
+        name = f"{index:0{digits}d}_{slug(prompts[index])}".rstrip("_")
+        pictures.to_pil(image.numpy()).save(out / f"{name}.png", pnginfo=metadata(about))
+        kept += [image] if index < len(shown) else []
+    every = generate.to_first(kept, len(shown), mesh)
+    if every is not None:
+        pictures.grid(every.numpy(), shown).save(out / "grid.png")
 
 
 def metadata(about: Mapping[str, Any]) -> PngImagePlugin.PngInfo:

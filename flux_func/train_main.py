@@ -2,9 +2,11 @@
 
     train_main --config=configs/flux_debug.py --workdir=/tmp/flux_debug
     train_main --config=configs/flux_debug.py --workdir=/tmp/flux_debug --config.train.steps=14
+    torchrun --nproc-per-node=8 -m flux_func.train_main --config=configs/flux_dev.py --workdir=/data/flux_dev
 
 Any field of the config can be set from the command line; flux_func/config.py lists them all. A workdir that holds a
-checkpoint is gone on with.
+checkpoint is gone on with, by any number of processes: config.parallel says how they share the work, docs/scaling.md
+how they are started, and plan_main what fits.
 """
 
 import os
@@ -27,10 +29,13 @@ def run() -> None:
 def main(argv: list[str]) -> None:
     """Trains as the flags say."""
     del argv
+    from flux_func.parallel import processes
     from flux_func.train import loop
 
-    stop = cli.stop_requested()
-    loop.train(flags.FLAGS.config, os.path.abspath(flags.FLAGS.workdir), cli.choose_device(flags.FLAGS.device), stop)
+    stop, device = cli.stop_requested(), cli.choose_device(flags.FLAGS.device)
+    processes.start(device)
+    loop.train(flags.FLAGS.config, os.path.abspath(flags.FLAGS.workdir), device, stop)
+    processes.stop()
 
 
 if __name__ == "__main__":

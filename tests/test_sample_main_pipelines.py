@@ -30,7 +30,7 @@ FLAGS = {
     "max_length": 16,
     "batch_size": 8,
     "overwrite": False,
-    "device": "cpu",
+    "shard": -1,
 }
 # {name: (pipeline, prompts, height, width, steps, guidance, true CFG)}
 CASES = {
@@ -91,7 +91,7 @@ def run(into, folder, prompts, **flags):
         "prompt": prompts,
         "out": str(into),
     }
-    sample_main.sample(types.SimpleNamespace(**{**given, **flags}))
+    sample_main.sample(types.SimpleNamespace(**{**given, **flags}), tiny_run.CPU)
 
 
 @pytest.mark.parametrize("name", CASES)

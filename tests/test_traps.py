@@ -85,7 +85,8 @@ from torch.overrides import TorchFunctionMode
 from flux_func.data import pipeline, sources
 from flux_func.flow import path
 from flux_func.models import flux, layers
-from flux_func.train import encoders, optimizer, state, step
+from flux_func.parallel import mesh, sharding
+from flux_func.train import encoders, layout, optimizer, state, step
 from tests.helpers import tiny_run
 from tests.helpers.tiny_run import CPU
 
@@ -132,7 +133,17 @@ def take_a_step(fields, *functions):
     chosen = optimizer.from_config(config)
     current = state.create(config, cfg, chosen, CPU)
     with Calls(*functions) as calls:
-        step.train_step(current, batch, 0, cfg=cfg, config=config, encoders=codecs, optimizer=chosen, device=CPU)
+        step.train_step(
+            current,
+            batch,
+            0,
+            cfg=cfg,
+            config=config,
+            encoders=codecs,
+            optimizer=chosen,
+            device=CPU,
+            sharding=layout.build(config, cfg, chosen, mesh.ONE, CPU),
+        )
     return batch, calls.seen
 
 
@@ -162,9 +173,10 @@ def test_rope_and_time_stay_in_float32_where_a_run_computes_in_bfloat16():
     carry, const = path.inputs(
         cfg, {**inputs, "latents": inputs["latents"].bfloat16(), "noise": inputs["noise"].bfloat16()}
     )
-    params = flux.init(cfg)
-    for stage in flux.chain(cfg):
-        wrapped = step.make_ops(config).wrap_stage(
+    params, stages = flux.init(cfg), flux.chain(cfg)
+    ops = sharding.gathering(layout.build(config, cfg, optimizer.from_config(config), mesh.ONE, CPU), params, stages)
+    for stage in stages:
+        wrapped = ops.wrap_stage(
             lambda params, carry, const: (carries.append(carry), consts.append(const), carry)[-1], stage
         )
         wrapped(stage.select(params), carry, const)

@@ -5,10 +5,12 @@
     WORKDIR/checkpoints/STEP/commit_success.txt     written last: a folder without it is not a checkpoint
 
 An item is a flat dict from dotted path to array: the weights carry Black Forest Labs' own names, any Orbax reads them
-(`PyTreeCheckpointer().restore(".../params")`), and a member or a leaf is read without the rest. What a run's
-checkpoints hold besides is said in `train/checkpoint.py`.
+(`PyTreeCheckpointer().restore(".../params")`), and a member, a leaf or a part of one is read without the rest. How many
+processes wrote it makes no difference to a reader. What a run's checkpoints hold besides is said in
+`train/checkpoint.py`.
 """
 
+import asyncio
 import contextlib
 import functools
 import os
@@ -28,6 +30,9 @@ from flux_func.interop.spans import Shape
 from flux_func.interop.stored import Config, Stored, from_json, to_json
 
 MARKER = "commit_success.txt"
+# Leaves are stored in pieces of at most this size, and read by whole pieces: that much, and not a leaf, is what reading
+# takes on top of what is read.
+PIECE_BYTES = 32 << 20
 
 
 def steps(workdir: str | Path) -> list[int]:
@@ -65,8 +70,7 @@ def reading(where: str, remedy: str) -> Iterator[None]:
 
 def read_json(checkpoint: Path, item: str) -> dict[str, Any]:
     """Returns an item that is JSON."""
-    ocp = arrays.orbax()
-    return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(checkpoint / item)
+    return _reader(arrays.orbax().JsonCheckpointHandler).restore(checkpoint / item)
 
 
 def read_model(checkpoint: Path) -> Config:
@@ -76,8 +80,7 @@ def read_model(checkpoint: Path) -> Config:
 
 def weights_only(checkpoint: Path) -> bool:
     """Returns whether a checkpoint was saved without the state of an optimizer."""
-    ocp = arrays.orbax()
-    return ocp.Checkpointer(ocp.CompositeCheckpointHandler()).metadata(checkpoint).custom_metadata["weights_only"]
+    return _reader(arrays.orbax().CompositeCheckpointHandler).metadata(checkpoint).custom_metadata["weights_only"]
 
 
 def members(checkpoint: Path) -> list[str]:
@@ -87,35 +90,83 @@ def members(checkpoint: Path) -> list[str]:
 
 def describe(checkpoint: Path, member: str) -> dict[str, Tensor]:
     """Returns {path: meta tensor} of the leaves that a checkpoint holds of one member of the state."""
-    ocp = arrays.orbax()
-    metadata = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).metadata(checkpoint / member)
+    metadata = _reader(arrays.orbax().PyTreeCheckpointHandler).metadata(checkpoint / member)
     leaves = metadata.item_metadata.tree
     dtypes = {path: getattr(torch, np.dtype(leaf.dtype).name) for path, leaf in leaves.items()}
     return {path: torch.empty(leaf.shape, dtype=dtypes[path], device="meta") for path, leaf in leaves.items()}
 
 
-def read(checkpoint: Path, member: str, paths: Iterable[str]) -> dict[str, np.ndarray]:
-    """Returns {path: array} of some leaves of one member of the state."""
+def read(
+    checkpoint: Path, member: str, paths: Iterable[str], parts: Mapping[str, tuple[slice, ...]] | None = None
+) -> dict[str, np.ndarray]:
+    """Returns {path: array} of some leaves of one member of the state.
+
+    Args:
+      checkpoint: a step's folder.
+      member: params, opt or ema.
+      paths: of the leaves.
+      parts: {path: slices} of those leaves of which only a part is to be read, a slice for each dimension.
+    """
     ocp = arrays.orbax()
+    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, _reading_parts(parts or {})))
     args = ocp.args.PyTreeRestore(
         item=dict.fromkeys(paths, 0),
         restore_args=dict.fromkeys(paths, ocp.RestoreArgs(restore_type=np.ndarray)),
         partial_restore=True,
     )
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(checkpoint / member, args=args)
+    reader = _reader(ocp.PyTreeCheckpointHandler, type_handler_registry=registry)
+    return reader.restore(checkpoint / member, args=args)
 
 
-def manager(workdir: str | Path, type_handlers: Any = None, **options) -> Any:
+def _reader(handler: Callable, **options) -> Any:
+    """Returns an Orbax checkpointer that reads by itself: where JAX knows of other processes, it waits for none."""
+    ocp = arrays.orbax()
+    import jax
+
+    index = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
+    if handler is ocp.CompositeCheckpointHandler:
+        options["composite_options"] = ocp.CompositeOptions(multiprocessing_options=alone)
+    else:
+        options["multiprocessing_options"] = alone
+    return ocp.Checkpointer(handler(**options), multiprocessing_options=alone)
+
+
+def _reading_parts(parts: Mapping[str, tuple[slice, ...]]) -> Any:
+    """Returns an Orbax handler of leaves that reads no more of them than the parts named."""
+    types = arrays.orbax().type_handlers
+
+    class Parts(types.NumpyHandler):
+        async def deserialize(self, infos, args=None):
+            return await asyncio.gather(*map(self._part, infos))
+
+        async def _part(self, info):
+            import tensorstore
+
+            spec = types.get_json_tspec_read(info, use_ocdbt=info.is_ocdbt_checkpoint)
+            whole = await tensorstore.open(tensorstore.Spec(spec), open=True, context=info.ts_context)
+            return await (whole[parts[info.name]] if info.name in parts else whole).read()
+
+    return Parts()
+
+
+def manager(workdir: str | Path, type_handlers: Any = None, processes: int = 1, **options) -> Any:
     """Returns an Orbax manager of a workdir's checkpoints that compresses nothing.
 
     Args:
-      workdir: the folder that `checkpoints` is or will be in.
-      type_handlers: Orbax's registry of how leaves are written (None: its own).
+      workdir: the folder that `checkpoints` is or will be in; it has to be there where there are several processes.
+      type_handlers: Orbax's registry of how leaves are written (None: as jax.Arrays).
+      processes: how many write together, each of which calls this; JAX has to know of them.
       **options: of Orbax's CheckpointManagerOptions.
     """
     ocp = arrays.orbax()
+    if processes > 1:
+        # Naming them all makes Orbax wait for them by messages, not by computations.
+        options["multiprocessing_options"] = ocp.options.MultiprocessingOptions(active_processes=set(range(processes)))
+        options["async_options"] = ocp.AsyncOptions(create_directories_asynchronously=False)
+        options["create"] = False
     handler = ocp.PyTreeCheckpointHandler(
-        use_compression=False, **({"type_handler_registry": type_handlers} if type_handlers else {})
+        use_compression=False, type_handler_registry=type_handlers or _writing_arrays()
     )
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     registry.add(None, ocp.args.PyTreeSave, handler)
@@ -123,6 +174,30 @@ def manager(workdir: str | Path, type_handlers: Any = None, **options) -> Any:
     return ocp.CheckpointManager(
         folder(workdir), options=ocp.CheckpointManagerOptions(**options), handler_registry=registry
     )
+
+
+def _writing_arrays() -> Any:
+    """Returns Orbax's registry for jax.Arrays that are stored as if they were numpy's: with no word of their devices.
+
+    Plain Orbax would want those devices to restore them, which another number of processes does not have.
+    """
+    import jax
+
+    types = arrays.orbax().type_handlers
+
+    class Arrays(types.ArrayHandler):
+        def typestr(self):
+            return types.NumpyHandler().typestr()
+
+    handler = Arrays(enable_write_sharding_file=False, use_replica_parallel=False)
+    return types.create_type_handler_registry((jax.Array, handler))
+
+
+def save_args(leaves: Mapping[str, Any]) -> Any:
+    """Returns what tells an Orbax manager to save leaves, as a member of the state, in pieces."""
+    ocp = arrays.orbax()
+    in_pieces = ocp.SaveArgs(chunk_byte_size=PIECE_BYTES)
+    return ocp.args.PyTreeSave(dict(leaves), save_args=dict.fromkeys(leaves, in_pieces))
 
 
 # Weights.
@@ -157,13 +232,21 @@ def open_checkpoint(path: str | Path, step: int | None = None, ema: bool = False
         with _damage(checkpoint):
             return arrays.to_torch(read(checkpoint, member, [path])[path])
 
+    def rows(path: str, first: int, last: int) -> Tensor:
+        leaf = found[member][path]
+        if leaf.nbytes <= PIECE_BYTES:
+            return whole(path)[first:last].clone()
+        part = (slice(first, last), *(slice(0, size) for size in leaf.shape[1:]))
+        with _damage(checkpoint):
+            return arrays.to_torch(read(checkpoint, member, [path], {path: part})[path])
+
     return Stored(
         path=str(checkpoint),
         format="orbax",
         cfg=cfg,
         layout=layout,
         dtypes={path: leaf.dtype for path, leaf in found[member].items()},
-        read=lambda path, first, last: whole(path)[first:last].clone(),
+        read=rows,
         left_out=tuple(f"{name} ({len(leaves)} tensors)" for name, leaves in found.items() if name != member),
     )
 
@@ -191,7 +274,7 @@ def write(
     ocp = arrays.orbax()
     registry = ocp.type_handlers.create_type_handler_registry((Tensor, _streaming(read, progress)))
     leaves = {path: torch.empty(shape, dtype=dtypes[path], device="meta") for path, shape in shapes.items()}
-    items = {"params": ocp.args.PyTreeSave(leaves), "model": ocp.args.JsonSave(to_json(cfg))}
+    items = {"params": save_args(leaves), "model": ocp.args.JsonSave(to_json(cfg))}
     args = ocp.args.Composite(**items)
     try:
         with manager(workdir, registry, enable_async_checkpointing=False) as opened:

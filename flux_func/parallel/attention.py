@@ -91,6 +91,27 @@ def check(kind: str, context: int, ulysses: int, heads: int, text_tokens: int, i
         )
 
 
+def sent_bytes(
+    kind: str, context: int, ulysses: int, size: int, dtype: torch.dtype
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Returns what each process sends for one attention, forward and backward: {kind of collective: bytes}.
+
+    Args:
+      kind, context, ulysses: as for `check`.
+      size: elements of q on a process, B * H * l * D; k and v have as many.
+      dtype: of q, k and v. What a ring gathers of gradients travels in float32 at least.
+    """
+    one, wide = size * dtype.itemsize, size * at_least_float32(dtype).itemsize
+    if kind == "all_gather":
+        return {"all_gather": 2 * one * (context - 1)}, {"reduce_scatter": 2 * one * (context - 1)}
+    degree = {"ulysses": context if ulysses == -1 else ulysses, "ring": 1}[kind]
+    heads, ring = {"all_to_all": 4 * one * (degree - 1) / degree}, context // degree
+    there = 2 * one * (ring - 1)
+    back = there + 2 * wide * ring if ring > 1 else 0
+    found = ({**heads, "permute": there}, {**heads, "permute": back})
+    return tuple({name: sent for name, sent in bytes_of.items() if sent} for bytes_of in found)
+
+
 def _degrees(*numbers: int) -> str:
     common = math.gcd(*numbers)
     return ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
@@ -121,7 +142,12 @@ def _exchanged(group: ProcessGroup, degree: int, inner: Attention, q: Tensor, k:
 def _ring(members: Members, stride: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attends to the tokens of every process that is some multiple of `stride` places away."""
     function = _Ring if torch.compiler.is_compiling() else _RingEverywhere
-    return rearrange(function.apply(q, k, v, members, stride)[0], "B H l D -> B l (H D)")
+    return rearrange(function.apply(_packed(q), k, v, members, stride)[0], "B H l D -> B l (H D)")
+
+
+def _packed(x: Tensor) -> Tensor:
+    # Kernels want the numbers of a head side by side.
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class _Ring(torch.autograd.Function):
@@ -185,7 +211,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, members: Members, stride: int) -> t
             out, total = block, block_total
         else:
             joined = torch.logaddexp(total, block_total)
-            out = torch.lerp(out, block, (block_total - joined).exp()[..., None])
+            out.lerp_(block, (block_total - joined).exp()[..., None])
             total = joined
         kv = collectives.wait(coming) if left else kv
     return out.to(q.dtype), total
@@ -195,12 +221,13 @@ def _attend_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, total: Tensor, members: Members, stride: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Passes keys and values round, and a step behind them what each process adds to their gradients."""
-    kv, dq, wide = torch.stack((k, v)), 0, at_least_float32(q.dtype)
-    arriving = None
+    wide, grad = at_least_float32(q.dtype), _packed(grad)
+    kv, dq, arriving = torch.stack((k, v)), torch.zeros_like(q, dtype=wide), None
     for left in reversed(range(members.size // stride)):
         coming = collectives.start_permute(kv, stride, members) if left else None
         block = _block_backward(grad, q, *kv.unbind(0), out, total)
-        dq, dkv = dq + block[0].to(wide), torch.stack(block[1:]).to(wide)
+        dq += block[0]
+        dkv = torch.stack(block[1:]).to(wide)
         if arriving is not None:
             dkv += collectives.wait(arriving)
         # The last one of these brings them home.
@@ -238,10 +265,10 @@ def _block_backward(
         backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         return backward(grad, q, k, v, out, total, 0.0, False)
     if kernel == "cuda":
-        backward, nothing = torch.ops.aten._scaled_dot_product_flash_attention_backward, q.new_empty(0)
-        state = torch.empty((), dtype=torch.int64, device=q.device)
-        lengths = (nothing, nothing, q.shape[2], k.shape[2])
-        return backward(grad, q, k, v, out, total, *lengths, 0.0, False, state, state)
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
+        # The state of a dropout that there is not.
+        state = [torch.empty(shape, dtype=torch.uint64, device=q.device) for shape in (2, ())]
+        return backward(grad, q, k, v, out, total, None, None, q.shape[2], k.shape[2], 0.0, False, *state)
     return _products_backward(grad, q, k, v, out, total)
 
 

@@ -124,9 +124,9 @@ def tally() -> Iterator[Counter]:
         _tallies[:] = [other for other in _tallies if other is not counted]
 
 
-def _count(kind: str, members: "Members", sent: float) -> None:
+def _count(kind: str, members: "Members", x: Tensor, times: int, parts: int = 1) -> None:
     for counted in _tallies:
-        counted[kind, members.name] += sent
+        counted[kind, members.name] += x.nbytes * times / parts
 
 
 # Torch's operations.
@@ -152,17 +152,17 @@ class Members:
 
 
 def _start_all_gather(x: Tensor, members: Members) -> Tensor:
-    _count("all_gather", members, (members.size - 1) * x.nbytes)
+    _count("all_gather", members, x, members.size - 1)
     return _OPS.all_gather_into_tensor(x.contiguous(), members.size, members.name)
 
 
 def _start_reduce_scatter(x: Tensor, members: Members) -> Tensor:
-    _count("reduce_scatter", members, x.nbytes * (members.size - 1) / members.size)
+    _count("reduce_scatter", members, x, members.size - 1, members.size)
     return _OPS.reduce_scatter_tensor(x.contiguous(), "sum", members.size, members.name)
 
 
 def _start_all_reduce(x: Tensor, members: Members) -> Tensor:
-    _count("all_reduce", members, 2 * x.nbytes * (members.size - 1) / members.size)
+    _count("all_reduce", members, x, 2 * (members.size - 1), members.size)
     return _OPS.all_reduce(x.contiguous(), "sum", members.name)
 
 
@@ -170,15 +170,15 @@ def start_exchange(x: Tensor, members: Members, among: int) -> Tensor:
     """Returns row i of x [among, ...] of each of `among` neighbours, i being this one's place; in flight."""
     first = members.rank - members.rank % among
     rows = [int(first <= rank < first + among) for rank in range(members.size)]
-    _count("all_to_all", members, x.nbytes * (among - 1) / among)
+    _count("all_to_all", members, x, among - 1, among)
     return _OPS.all_to_all_single(x.contiguous(), rows, rows, members.name)
 
 
 def start_permute(x: Tensor, shift: int, members: Members) -> Tensor:
     """Returns the x [k, ...] of the process `shift` places before this one, round the end; in flight."""
     to, of = (members.rank + shift) % members.size, (members.rank - shift) % members.size
-    sent, got = ([x.shape[0] * (rank == place) for rank in range(members.size)] for place in (to, of))
-    _count("permute", members, x.nbytes if to != members.rank else 0)
+    sent, got = ([x.shape[0] if rank == place else 0 for rank in range(members.size)] for place in (to, of))
+    _count("permute", members, x, int(to != members.rank))
     # There is no functional send and receive; an all-to-all whose other parts are empty is the same.
     return _OPS.all_to_all_single(x.contiguous(), got, sent, members.name)
 

@@ -167,12 +167,12 @@ def grad_and_value(
     if remat not in REMAT:
         raise ValueError(f"remat {remat!r} should be one of {', '.join(map(repr, REMAT))}")
     carry, const = sharding.split(*path.inputs(cfg, batch, denominator))
-    units = _units(path.chain(cfg))
-    selects = [unit[0].select for unit in units]
+    chain = units(path.chain(cfg))
+    selects = [unit[0].select for unit in chain]
     stream = Stream(sharding, params, [*selects, *reversed(selects)])
     visit, pulls = REMAT[remat](vjp), []
-    for unit in units:
-        run = functools.partial(_run, unit, ops, const)
+    for unit in chain:
+        run = functools.partial(run_unit, unit, ops, const)
         if pulls:
             carry, pull = visit(run, stream.take(), carry)
         else:
@@ -231,18 +231,19 @@ class _Gradients:
                 self._parts.append((stage, done.value))
 
 
-def _units(stages: Sequence[flux.Stage]) -> list[list[flux.Stage]]:
+def units(stages: Sequence[flux.Stage]) -> list[list[flux.Stage]]:
     """Groups each stage with those without parameters after it: alone they would only keep their input alive."""
-    units: list[list[flux.Stage]] = []
+    grouped: list[list[flux.Stage]] = []
     for stage in stages:
         if stage.keys:
-            units.append([stage])
+            grouped.append([stage])
         else:
-            units[-1].append(stage)
-    return units
+            grouped[-1].append(stage)
+    return grouped
 
 
-def _run(unit: list[flux.Stage], ops: Ops, const: dict, part: Params, carry: dict) -> dict:
+def run_unit(unit: list[flux.Stage], ops: Ops, const: dict, part: Params, carry: dict) -> dict:
+    """Returns the carry after a unit, of whose stages the first has the parameters `part`."""
     for stage in unit:
         carry = flux.bind(stage, ops)(part if stage.keys else {}, carry, const)
     return carry

@@ -89,13 +89,14 @@ def resolve(wanted: Mapping[str, int], processes: int) -> dict[str, int]:
     if math.prod(sizes.values()) != processes:
         asked = " x ".join(f"{axis}={wanted[axis]}" for axis in AXES)
         # What differs in the fewest axes comes first.
-        meshes = sorted(_meshes(processes), key=lambda mesh: sum(mesh[axis] != wanted[axis] for axis in AXES))
-        could = "; ".join(",".join(f"{axis}={mesh[axis]}" for axis in AXES) for mesh in meshes[:4])
+        others = sorted(meshes(processes), key=lambda mesh: sum(mesh[axis] != wanted[axis] for axis in AXES))
+        could = "; ".join(",".join(f"{axis}={mesh[axis]}" for axis in AXES) for mesh in others[:4])
         raise UserError(f"parallel is {asked}: does not make up the {processes} processes there are; would: {could}")
     return sizes
 
 
-def _meshes(processes: int) -> list[dict[str, int]]:
+def meshes(processes: int) -> list[dict[str, int]]:
+    """Returns every mesh of so many processes."""
     divisors = [n for n in range(1, processes + 1) if processes % n == 0]
     pairs = itertools.product(divisors, divisors)
     return [

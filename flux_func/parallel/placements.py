@@ -200,7 +200,7 @@ def describe(placements: Mapping[str, Placement], mesh: Mesh) -> list[tuple[str,
     """Returns (leaf group, shape, placement, bytes per process), a group being the same leaf of every block."""
     groups: dict[tuple, list[Placement]] = {}
     for path, placement in placements.items():
-        name = re.sub(rf"\b({'|'.join(tree.LISTS)})\.\d+\.", r"\1.*.", path)
+        name = re.sub(rf"\b({'|'.join(tree.LISTS)})\.\d+\.(?:img_|txt_)?", r"\1.*.", path)
         groups.setdefault((name, placement), []).append(placement)
     return [
         (

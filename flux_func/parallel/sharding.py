@@ -45,6 +45,7 @@ class Sharding:
       reduce: the type that gradients are added up in; None: the one they come in.
       prefetch: stages whose parameters are on their way while one is computed.
       device: where to compute; None: where the parameters are.
+      home: where parameters, moments and averages are kept between steps; None: where they are.
     """
 
     mesh: Mesh = ONE
@@ -56,6 +57,7 @@ class Sharding:
     reduce: torch.dtype | None = None
     prefetch: int = 1
     device: torch.device | None = None
+    home: torch.device | None = None
 
     @property
     def repeats(self) -> int:
@@ -96,7 +98,7 @@ class Sharding:
         if self.grads is None:
             return grads
         if self.mesh.size() == 1:
-            return tree.map(lambda grad, place: grad.to(place.dtype), grads, select(self.grads))
+            return tree.map(self._to_home, grads, select(self.grads))
         places, found = tree.leaves(select(self.grads)), tree.leaves(grads)
         groups = _by_axes(places)
         flats = [
@@ -113,7 +115,7 @@ class Sharding:
             flat = collectives.wait(flat) if self._others(axes) is not None else flat
             shapes = [places[i].local_shape(self.mesh) for i in members]
             for i, piece, shape in zip(members, flat.split([math.prod(s) for s in shapes]), shapes, strict=True):
-                parts[i] = piece.view(shape).to(places[i].dtype)
+                parts[i] = self._to_home(piece.view(shape), places[i])
         return _like(select(self.grads), [parts[i] for i in range(len(places))])
 
     def owned(self, params: Params) -> Params:
@@ -158,6 +160,9 @@ class Sharding:
 
     def _to_compute(self, shard: Tensor) -> Tensor:
         return shard.to(self.device or shard.device, self.compute or shard.dtype, non_blocking=True)
+
+    def _to_home(self, grad: Tensor, place: Placement) -> Tensor:
+        return grad.to(self.home or grad.device, place.dtype)
 
     def _start_scatter(self, flat: Tensor, axes: tuple[str, ...]) -> Tensor:
         group = self.mesh.group(axes)
@@ -269,14 +274,16 @@ def _like(part: Params, leaves: Sequence[Tensor]) -> Params:
 # From the config.
 
 
-def from_config(config: Any, shapes: Params, mesh: Mesh, compute: torch.dtype, reduce: torch.dtype) -> Sharding:
+def from_config(
+    config: Any, shapes: Params, mesh: Mesh, compute: torch.dtype, reduce: torch.dtype, device: torch.device
+) -> Sharding:
     """Returns the sharding of a run.
 
     Args:
       config: of the run; its `parallel` is read.
       shapes: the parameters, meta tensors too, in the type that they are kept in.
       mesh: the processes.
-      compute, reduce: see `Sharding`.
+      compute, reduce, device: see `Sharding`.
 
     Raises:
       UserError: a table that cannot be honoured.
@@ -299,6 +306,8 @@ def from_config(config: Any, shapes: Params, mesh: Mesh, compute: torch.dtype, r
         compute=compute,
         reduce=reduce,
         prefetch=p.prefetch,
+        device=device,
+        home=torch.device("cpu") if p.offload else device,
     )
 
 

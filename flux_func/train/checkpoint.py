@@ -5,15 +5,20 @@
 What else there is, `interop/orbax.py` says.
 
 Reading is functions of (workdir, step); writing is `Checkpoints`, which holds Orbax's manager and the host buffers.
+Under a process group each process reads and writes its own part of every leaf, and none more. What is written is the
+same for any number of processes, and any other number restores it.
 """
 
 import contextlib
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from flux_func import tree
 from flux_func.errors import UserError
@@ -21,12 +26,19 @@ from flux_func.interop import arrays, orbax
 from flux_func.interop.orbax import find, steps
 from flux_func.interop.stored import cast, to_json
 from flux_func.models.flux import FluxConfig
+from flux_func.parallel import placements as layouts
+from flux_func.parallel import processes
+from flux_func.parallel.mesh import ONE, Mesh
+from flux_func.parallel.placements import Placement
+from flux_func.train import meeting
+from flux_func.train.room import check_room
 from flux_func.train.state import DTYPES, size_in_bytes
 
 # What `restore` reads at a time, unless a single leaf is larger: the memory it takes on top of the state itself.
 GROUP_BYTES = 256 << 20
-# Room for a checkpoint's metadata, and for what else a run writes.
-MARGIN_BYTES = 64 << 20
+# How long one of several processes that fails goes on with a save that is under way, and how often it looks.
+GRACE_SECONDS = 15
+PAUSE_SECONDS = 0.01
 
 
 def latest(workdir: str | Path) -> int | None:
@@ -67,7 +79,13 @@ def abstract(workdir: str | Path, step: int) -> dict[str, Any]:
 
 
 def restore(
-    workdir: str | Path, step: int, like: Mapping[str, Any], device: torch.device | str = "cpu", cast: bool = False
+    workdir: str | Path,
+    step: int,
+    like: Mapping[str, Any],
+    device: torch.device | str = "cpu",
+    cast: bool = False,
+    placements: Mapping[str, Placement] | None = None,
+    mesh: Mesh = ONE,
 ) -> dict[str, Any]:
     """Reads a checkpoint, or the members of it that `like` has, bit for bit into new tensors.
 
@@ -78,19 +96,25 @@ def restore(
         `{"params": ...}` alone reads neither moments nor averages.
       device: where the new tensors are.
       cast: convert to the types of `like` where the stored ones differ, which is otherwise an error.
+      placements: {dotted path: placement} of the leaves on `mesh`, whatever mesh they were written on; every process
+        of it makes this call. None: this process reads every leaf whole, by itself.
+      mesh: the processes.
 
     Returns:
-      The tree of tensors. Beside them it takes `GROUP_BYTES` of memory, or one leaf where that is larger.
+      The tree of tensors: DTensors on a mesh that has processes. Beside them it takes `GROUP_BYTES` of memory, or what
+      this process has of one leaf where that is larger.
 
     Raises:
       UserError: the checkpoint has other leaves, shapes or types, or cannot be read; or `like` has moments and the
-        checkpoint holds weights only.
+        checkpoint holds weights only. With placements, on every process where it was raised on one.
     """
-    if "opt" in like:
-        _check_resumable(workdir, step)
-    for member, subtree in like.items():
-        _check_leaves(workdir, step, member, tree.flatten(subtree), cast)
-    return {member: _restore_member(workdir, step, member, subtree, device) for member, subtree in like.items()}
+    with processes.together() if placements is not None else contextlib.nullcontext():
+        if "opt" in like:
+            _check_resumable(workdir, step)
+        for member, subtree in like.items():
+            _check_leaves(workdir, step, member, tree.flatten(subtree), cast)
+        read = {m: _read_member(workdir, step, m, like[m], device, placements or {}, mesh) for m in like}
+    return read
 
 
 def weights(state: Mapping[str, Any], dtype: str = "") -> dict[str, Any]:
@@ -99,41 +123,26 @@ def weights(state: Mapping[str, Any], dtype: str = "") -> dict[str, Any]:
     Saved, it is a weights-only checkpoint: there to sample from or to start from, not to resume from.
 
     Raises:
-      UserError: a weight lies beyond what the type reaches.
+      UserError: a weight lies beyond what the type reaches; on every process, which all call this.
     """
     kept = {member: subtree for member, subtree in state.items() if member != "opt"}
     if not dtype:
         return kept
-    field = "checkpoint.export_dtype"
-    return tree.unflatten({path: cast(leaf, DTYPES[dtype], path, field) for path, leaf in tree.flatten(kept).items()})
+    with (
+        processes.together()
+        if any(isinstance(leaf, DTensor) for leaf in tree.leaves(kept))
+        else contextlib.nullcontext()
+    ):
+        exported = {path: _exported(leaf, DTYPES[dtype], path) for path, leaf in tree.flatten(kept).items()}
+    return tree.unflatten(exported)
 
 
-def check_room(
-    workdir: str | Path, bytes_each: int, upcoming: Iterable[int], keep_last: int = 0, keep_every: int = 0
-) -> None:
-    """Checks that the disk has room for the checkpoints to come; writes nothing.
-
-    Args:
-      workdir: the run's folder, which need not exist yet.
-      bytes_each: bytes of one checkpoint, see `state.size_in_bytes`.
-      upcoming: the steps at which one will be saved; those that are there already need no room.
-      keep_last, keep_every: as in `Checkpoints`.
-
-    Raises:
-      UserError: naming the workdir, what is needed and what is free.
-    """
-    there = steps(workdir)
-    after = sorted({*there, *upcoming})
-    if after == there:
-        return
-    more = max(1, _most_held(after, keep_last, keep_every) - len(there))
-    path = Path(workdir).absolute()
-    free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
-    if free < more * bytes_each + MARGIN_BYTES:
-        raise UserError(
-            f"workdir is {str(workdir)!r}: checkpoints need {more} x {bytes_each / 1e9:.2f} GB more, and its disk "
-            f"has {free / 1e9:.2f} GB free: free some, keep fewer (checkpoint.keep_last) or name another --workdir"
-        )
+def _exported(leaf: torch.Tensor, dtype: torch.dtype, path: str) -> torch.Tensor:
+    local = cast(layouts.local(leaf), dtype, path, "checkpoint.export_dtype")
+    if not isinstance(leaf, DTensor):
+        return local
+    whole = {"shape": leaf.shape, "stride": leaf.stride()}
+    return DTensor.from_local(local, leaf.device_mesh, leaf.placements, run_check=False, **whole)
 
 
 class Checkpoints:
@@ -144,6 +153,9 @@ class Checkpoints:
     one, which would need them again, and new memory costs page faults. A save that is waited for writes from the
     state itself and lets go of the buffers. Nothing is compressed: on float32 weights it would save
     8% of the bytes, take 4 to 10 times as long and as much memory again as the state.
+
+    Under a process group every process has one, and calls its methods when the others do. Leaves are DTensors; each
+    process writes its own part of them, and its share of what several have. What fails on one fails on all.
     """
 
     def __init__(self, workdir: str | Path, keep_last: int = 2, keep_every: int = 0):
@@ -153,14 +165,19 @@ class Checkpoints:
         """
         self._workdir, self._keep_last, self._keep_every = workdir, keep_last, keep_every
         self._manager: Any = None
+        self._meeting: meeting.Meeting | None = None
         self._buffers: dict[str, torch.Tensor] = {}
-        _remove_leftovers(workdir)
+        if processes.is_first():
+            _remove_leftovers(workdir)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception) -> None:
-        self.close()
+    def __exit__(self, kind: type | None, *exception) -> None:
+        if kind is None or processes.world() == 1:
+            self.close()
+        else:
+            self._leave()
 
     def save(
         self, step: int, state: Mapping[str, Any], cfg: FluxConfig, config: Mapping[str, Any], wait: bool = False
@@ -179,13 +196,22 @@ class Checkpoints:
           UserError: the disk has no room (then nothing was written), or this save or the one before failed.
         """
         self.wait()
-        if step in steps(self._workdir):
+        if processes.from_first(step in steps(self._workdir)):
             return
-        check_room(self._workdir, size_in_bytes(state), [step])
-        flat = {path: leaf.detach() for path, leaf in tree.flatten(state).items()}
-        self._buffers = {} if wait else arrays.copies(flat, self._buffers)
+        flat = tree.flatten(state)
+        with processes.together():
+            if processes.is_first():
+                check_room(self._workdir, size_in_bytes(state), [step])
+        parts = {path: arrays.part(leaf) for path, leaf in flat.items()}
+        tensors = {path: part.tensor for path, part in parts.items()}
+        self._buffers = {} if wait else arrays.copies(tensors, self._buffers)
+        if self._manager is None and processes.world() > 1:
+            self._meeting = meeting.meet()
         with self._writing():
-            self._start(step, flat if wait else self._buffers, model=to_json(cfg), config=dict(config))
+            if self._manager is None:
+                self._manager = _manager(self._workdir, self._keep_last, self._keep_every, self._meeting)
+            said = {"model": to_json(cfg), "config": dict(config)}
+            self._start(step, parts, tensors if wait else self._buffers, said)
         if wait:
             self.wait()
 
@@ -195,9 +221,13 @@ class Checkpoints:
         Raises:
           UserError: the save under way failed. The checkpoints before it are whole.
         """
-        if self._manager is not None:
-            with self._writing():
-                self._manager.wait_until_finished()
+        if self._manager is None:
+            return
+        # Together rather than each for itself, so that a process that has died is missed here and not hours later.
+        while processes.world() > 1 and any(processes.gather(self._manager.is_saving_in_progress())):
+            time.sleep(PAUSE_SECONDS)
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, and lets go of Orbax's threads and of the buffers."""
@@ -206,30 +236,63 @@ class Checkpoints:
             self._manager.close()
         self._manager, self._buffers = None, {}
 
-    def _start(self, step: int, flat: Mapping[str, torch.Tensor], **said: dict[str, Any]) -> None:
+    def _leave(self) -> None:
+        """Goes without the other processes, which may not come: they are where this one failed, or have died.
+
+        Their threads take part in a save under way for as long as they live, so it may yet be committed.
+        """
+        if self._manager is None:
+            return
+        end = time.monotonic() + GRACE_SECONDS
+        while self._manager.is_saving_in_progress() and time.monotonic() < end:
+            time.sleep(PAUSE_SECONDS)
+        self._meeting.fail()
+
+    def _start(
+        self,
+        step: int,
+        parts: Mapping[str, arrays.Part],
+        tensors: Mapping[str, torch.Tensor],
+        said: Mapping[str, dict[str, Any]],
+    ) -> None:
         ocp = arrays.orbax()
         members: dict[str, dict[str, Any]] = {}
-        for path, leaf in flat.items():
+        for path, part in parts.items():
             member, _, rest = path.partition(".")
-            members.setdefault(member, {})[rest] = arrays.to_jax(leaf)
-        items = {member: ocp.args.PyTreeSave(leaves) for member, leaves in members.items()}
+            members.setdefault(member, {})[rest] = arrays.assemble(part, tensors[path])
+        items = {member: orbax.save_args(leaves) for member, leaves in members.items()}
         items |= {item: ocp.args.JsonSave(content) for item, content in said.items()}
-        if self._manager is None:
-            self._manager = _manager(self._workdir, self._keep_last, self._keep_every)
         args = ocp.args.Composite(**items)
         self._manager.save(step, args=args, force=True, custom_metadata={"weights_only": "opt" not in members})
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         try:
+            with processes.together(), self._failing_together():
+                yield
+        except UserError:
+            # Nobody writes any longer.
+            processes.gather(None)
+            if processes.is_first():
+                _remove_leftovers(self._workdir)
+            raise
+
+    @contextlib.contextmanager
+    def _failing_together(self) -> Iterator[None]:
+        if self._meeting is not None:
+            self._meeting.before = sys.exception()
+        try:
             yield
         except Exception as error:
             # Orbax's manager has lost count of its steps by now.
             self._manager, self._buffers = None, {}
+            if self._meeting is not None:
+                self._meeting.fail()
+            if isinstance(error, meeting.Abandoned):
+                return  # the process that failed says why
             cause = orbax.disk_error(error)
             if cause is None:
                 raise
-            _remove_leftovers(self._workdir)
             step = latest(self._workdir)
             whole = "no checkpoint is there yet" if step is None else f"the checkpoint of step {step} is whole"
             raise UserError(
@@ -238,17 +301,31 @@ class Checkpoints:
             ) from error
 
 
-def _restore_member(workdir: str | Path, step: int, member: str, like: Any, device: torch.device | str) -> Any:
+def _read_member(
+    workdir: str | Path,
+    step: int,
+    member: str,
+    like: Any,
+    device: torch.device | str,
+    placements: Mapping[str, Placement],
+    mesh: Mesh,
+) -> Any:
     flat = tree.flatten(like)
-    restored: dict[str, torch.Tensor] = {}
-    for paths in _groups({path: size_in_bytes(leaf) for path, leaf in flat.items()}):
+    placed = {path: placements.get(f"{member}.{path}", _everywhere(leaf)) for path, leaf in flat.items()}
+    parts = {path: placement.local(mesh) for path, placement in placed.items()}
+    read: dict[str, torch.Tensor] = {}
+    for paths in _groups({path: placement.local_bytes(mesh) for path, placement in placed.items()}):
         with _reading(workdir, step):
-            read = orbax.read(find(workdir, step), member, paths)
-        for path, array in read.items():
-            leaf = flat[path]
-            restored[path] = torch.empty(leaf.shape, dtype=leaf.dtype, device=device).copy_(arrays.to_torch(array))
-    leaves = iter([restored[path] for path in flat])
+            found = orbax.read(find(workdir, step), member, paths, parts)
+        for path, array in found.items():
+            shard = torch.empty(array.shape, dtype=flat[path].dtype, device=device).copy_(arrays.to_torch(array))
+            read[path] = layouts.distribute(shard, placed[path], mesh)
+    leaves = iter([read[path] for path in flat])
     return tree.map(lambda _: next(leaves), like)
+
+
+def _everywhere(leaf: torch.Tensor) -> Placement:
+    return Placement(tuple(leaf.shape), leaf.dtype)
 
 
 def _groups(sizes: Mapping[str, int]) -> list[list[str]]:
@@ -302,14 +379,6 @@ def _reading(workdir: str | Path, step: int) -> contextlib.AbstractContextManage
     )
 
 
-def _most_held(ascending: Sequence[int], keep_last: int, keep_every: int) -> int:
-    """Returns how many of the steps' checkpoints are there when the last is written and none has yet made room."""
-    if not keep_last:
-        return len(ascending)
-    for_good = [step for step in ascending if keep_every and step % keep_every == 0]
-    return len({*for_good, *ascending[-keep_last - 1 :]})
-
-
 def _remove_leftovers(workdir: str | Path) -> None:
     """Removes what interrupted saves left: folders of a step's name that have no marker."""
     whole = {str(step) for step in steps(workdir)}
@@ -318,7 +387,11 @@ def _remove_leftovers(workdir: str | Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _manager(workdir: str | Path, keep_last: int, keep_every: int) -> Any:
+def _manager(workdir: str | Path, keep_last: int, keep_every: int, met: meeting.Meeting | None) -> Any:
     policies = arrays.orbax().checkpoint_managers
     kept = [policies.LatestN(keep_last or None), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
-    return orbax.manager(workdir, preservation_policy=policies.AnyPreservationPolicy(kept))
+    if met is not None:
+        if processes.is_first():
+            orbax.folder(workdir).mkdir(parents=True, exist_ok=True)
+        met.wait_at_barrier("folder", 1000 * meeting.JOIN_SECONDS)
+    return orbax.manager(workdir, processes=processes.world(), preservation_policy=policies.AnyPreservationPolicy(kept))

@@ -1,6 +1,7 @@
 """The frozen encoders of a run: images to latents and back, captions to embeddings."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,9 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flux_func import tree
 from flux_func.errors import UserError
-from flux_func.models import autoencoder, text
+from flux_func.models import autoencoder, text, text_files
 from flux_func.models.flux import FluxConfig
+from flux_func.parallel import placements, processes, sharding
+from flux_func.parallel.mesh import ONE, Mesh
+from flux_func.parallel.sharding import Sharding
 from flux_func.train.state import DTYPES, find_weights
 
 Tokens = Mapping[str, np.ndarray]
@@ -39,11 +44,15 @@ class Encoders:
     posterior_noise: bool
 
 
-def build(config: ml_collections.ConfigDict, cfg: FluxConfig, device: torch.device) -> Encoders:
+def build(config: ml_collections.ConfigDict, cfg: FluxConfig, device: torch.device, mesh: Mesh = ONE) -> Encoders:
     """Returns the encoders that a config names, loaded to `device`; what has weights computes in numerics.compute.
 
+    T5 is split over the processes of the mesh as parallel.text_encoder says, and gathered block by block: then every
+    process makes the same calls of `encode_text` in the same order. The others are whole in each process.
+
     Raises:
-      UserError: files that are missing or do not serve, or whose widths are not those of the model `cfg`.
+      UserError: files that are missing or do not serve, or whose widths are not those of the model `cfg`; a table that
+        cannot be honoured.
     """
     text_cfg = text.TextConfig(
         kind=config.text.kind,
@@ -60,13 +69,15 @@ def build(config: ml_collections.ConfigDict, cfg: FluxConfig, device: torch.devi
     try:
         _check_widths(text_cfg, cfg)
         tokenize = text.tokenizer(text_cfg)
-        text_params = text.load(text_cfg, config.train.seed, dtype, device)
+        split = _t5_sharding(config, text_cfg, dtype, device, mesh)
+        text_params = text.load(text_cfg, config.train.seed, dtype, device, _reading(split))
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
+    wrap_stage = _gathering(split, text_cfg, text_params)
 
     @torch.no_grad()
     def encode_text(tokens: Tokens) -> tuple[Tensor, Tensor]:
-        txt, y = text.encode(text_params, text_cfg, tokens)
+        txt, y = text.encode(text_params, text_cfg, tokens, wrap_stage=wrap_stage)
         return txt.to(device), y.to(device)
 
     @torch.no_grad()
@@ -83,6 +94,29 @@ def build(config: ml_collections.ConfigDict, cfg: FluxConfig, device: torch.devi
     return Encoders(tokenize, encode_text, encode_image, decode, sampled)
 
 
+def _t5_sharding(
+    config: ml_collections.ConfigDict, text_cfg: text.TextConfig, dtype: torch.dtype, device: torch.device, mesh: Mesh
+) -> Sharding:
+    shapes = tree.flatten(text.abstract(text_cfg, dtype).get("t5", {}))
+    places = placements.resolve(config.parallel.text_encoder, shapes, mesh, "parallel.text_encoder")
+    return Sharding(mesh, tree.unflatten(places), prefetch=config.parallel.prefetch, device=device)
+
+
+def _reading(split: Sharding) -> text.Read:
+    """Returns what `text.load` is to read of T5: this process's part of each leaf."""
+    places = tree.flatten(split.params)
+    return lambda path, rows: placements.read(places[path], split.mesh, rows, split.device)
+
+
+def _gathering(split: Sharding, text_cfg: text.TextConfig, params: text.Params) -> text.WrapStage | None:
+    """Returns what makes T5's stages compute with their whole parameters; None where this process has them."""
+    if split.mesh.size() == 1 or not params:
+        return None
+    visits = {path: functools.partial(text.select, path=path) for path, _ in text.t5_chain(text_cfg)}
+    take = sharding.taker(split, params["t5"], visits)
+    return lambda stage, path: lambda part, carry, const: stage(take(path), carry, const)
+
+
 def ahead(
     encoders: Encoders,
     captions: Sequence[str],
@@ -90,6 +124,8 @@ def ahead(
     progress: Callable[[int], object] = lambda count: None,
 ) -> Encoders:
     """Returns encoders that know these captions alone, encoded here and now: the models of text can be let go.
+
+    Every process calls it, each with captions of its own; one with fewer encodes along with the others.
 
     Args:
       encoders: the encoders.
@@ -100,11 +136,11 @@ def ahead(
     """
     places = {caption: place for place, caption in enumerate(dict.fromkeys(captions))}
     rows: list[tuple[Tensor, Tensor]] = []
-    for start in range(0, len(places), batch_size):
+    for start in range(0, max(processes.gather(len(places))), batch_size):
         part = list(places)[start : start + batch_size]
-        txt, y = encoders.encode_text(encoders.tokenize(part))
+        txt, y = encoders.encode_text(encoders.tokenize(part or [""]))
         device = txt.device
-        rows += zip(txt.cpu(), y.cpu(), strict=True)
+        rows += list(zip(txt.cpu(), y.cpu(), strict=True))[: len(part)]
         progress(len(part))
 
     def tokenize(captions: list[str]) -> Tokens:
@@ -121,7 +157,7 @@ def _check_widths(text_cfg: text.TextConfig, cfg: FluxConfig) -> None:
     needed = (cfg.context_in_dim, cfg.vec_in_dim)
     for part, found, width in zip(("t5", "clip"), text.widths(text_cfg), needed, strict=True):
         if found != width:
-            field, path = text.given(text_cfg, part)
+            field, path = text_files.given(text_cfg, part)
             raise UserError(f"{field} is {path!r}: its {part.upper()} is {found} wide, and the model takes {width}")
 
 

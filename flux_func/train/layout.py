@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import ml_collections
+import torch
 
 from flux_func import tree
 from flux_func.errors import UserError
@@ -17,7 +18,11 @@ from flux_func.train.state import DTYPES
 
 
 def build(
-    config: ml_collections.ConfigDict, cfg: flux.FluxConfig, optimizer: optimizers.Optimizer, mesh: Mesh
+    config: ml_collections.ConfigDict,
+    cfg: flux.FluxConfig,
+    optimizer: optimizers.Optimizer,
+    mesh: Mesh,
+    device: torch.device,
 ) -> Sharding:
     """Returns the sharding of a run.
 
@@ -27,7 +32,7 @@ def build(
     """
     n = config.numerics
     shapes = flux.abstract(cfg, DTYPES[n.param])
-    made = sharding.from_config(config, shapes, mesh, DTYPES[n.compute], DTYPES[n.reduce])
+    made = sharding.from_config(config, shapes, mesh, DTYPES[n.compute], DTYPES[n.reduce], device)
     _check_batch(config, made)
     image_tokens = (config.data.image_size // 16) ** 2
     if made.splits:
@@ -39,25 +44,44 @@ def build(
     return made
 
 
-def ops(config: ml_collections.ConfigDict, made: Sharding) -> Ops:
+def ops(config: ml_collections.ConfigDict, cfg: flux.FluxConfig, made: Sharding) -> Ops:
     """Returns how a training step's operations are done: with attention over the processes that share a sequence."""
     if not made.splits:
         return Ops()
     p = config.parallel
-    return Ops(attention=attention.context_attention(p.attention, made.mesh.group(["context"]), p.ulysses))
+    return Ops(attention=attention.context_attention(p.attention, made.mesh, cfg.num_heads, p.ulysses))
 
 
 def say(places: Mapping[str, Placement], mesh: Mesh) -> str:
-    """Returns the resolved table of a state: what is where, and how many bytes of it a process has."""
+    """Returns the resolved table of a state: what is where, and how many bytes of it a process has.
+
+    Rows are of the parameters, and of what an optimizer keeps where that is placed otherwise.
+    """
+    members: dict[str, dict[str, Placement]] = {}
+    for path, place in places.items():
+        member, _, rest = path.partition(".")
+        members.setdefault(member, {})[rest] = place
+    sizes = {member: sum(place.local_bytes(mesh) for place in found.values()) for member, found in members.items()}
+    mesh_said = " x ".join(f"{axis}={size}" for axis, size in mesh.sizes.items())
+    total = ", ".join(f"{member} {size / 1e6:,.2f} MB" for member, size in sorted(sizes.items(), reverse=True))
+    last = f"{mesh_said}: a process has {total}"
+    if mesh.size() == 1:
+        return last
+    split = {(place.shape, place.axes, place.dim) for place in members["params"].values()}
+    shown = dict(members["params"])
+    shown |= {
+        f"opt.{path}": place
+        for path, place in members.get("opt", {}).items()
+        if place.axes and (place.shape, place.axes, place.dim) not in split
+    }
+    return f"{_table(placements.describe(shown, mesh))}\n{last}"
+
+
+def _table(found: list[tuple[str, str, str, int]]) -> str:
     rows = [("leaf", "shape", "placement", "MB a process")]
-    rows += [
-        (name, shape, where, f"{size / 1e6:.2f}") for name, shape, where, size in placements.describe(places, mesh)
-    ]
-    rows.append(("all", "", "", f"{sum(place.local_bytes(mesh) for place in places.values()) / 1e6:.2f}"))
+    rows += [(name, shape, where, f"{size / 1e6:,.3f}") for name, shape, where, size in found]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def _check_batch(config: ml_collections.ConfigDict, made: Sharding) -> None:

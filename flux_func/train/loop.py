@@ -11,6 +11,7 @@ from typing import Any
 
 import ml_collections
 import torch
+from absl import logging
 
 from flux_func import config as configs
 from flux_func.data import images as pictures
@@ -18,7 +19,12 @@ from flux_func.data import pipeline, sources
 from flux_func.errors import UserError
 from flux_func.interop.stored import Stored
 from flux_func.models import flops, flux
-from flux_func.train import checkpoint, encoders, generate, metrics, optimizer, state, validate
+from flux_func.models.layers import Ops
+from flux_func.parallel import mesh as meshes
+from flux_func.parallel import placements, processes
+from flux_func.parallel.mesh import ONE, Mesh
+from flux_func.parallel.sharding import Sharding
+from flux_func.train import checkpoint, encoders, generate, layout, metrics, optimizer, state, validate
 from flux_func.train import step as steps
 
 
@@ -32,6 +38,8 @@ class Run:
     cfg: flux.FluxConfig
     weights: Stored | None
     encoders: encoders.Encoders
+    sharding: Sharding
+    ops: Ops
     optimizer: optimizer.Optimizer
     schedule: Callable[[int], float]
     train_source: Any
@@ -52,10 +60,15 @@ def train(
     Raises:
       UserError: a setting that cannot be honoured, before anything is written.
     """
-    resumed, run = prepare(config, workdir, device)
+    processes.agree({"workdir": workdir, **dict(configs.flat(config))})
+    configs.validate(config)
+    mesh = meshes.build(config.parallel, "cpu" if config.parallel.offload else device.type)
+    with processes.together():
+        resumed, run = prepare(config, workdir, device, mesh)
     current, start = begin(run, resumed), resumed or 0
-    run.workdir.mkdir(parents=True, exist_ok=True)
-    metrics.write_json(run.workdir / "config.json", to_json(config))
+    if processes.is_first():
+        run.workdir.mkdir(parents=True, exist_ok=True)
+        metrics.write_json(run.workdir / "config.json", to_json(config))
     with (
         checkpoint.Checkpoints(workdir, config.checkpoint.keep_last, config.checkpoint.keep_every) as checkpoints,
         metrics.open_metrics(
@@ -65,16 +78,19 @@ def train(
             tensorboard=config.metrics.tensorboard,
             wandb=config.metrics.wandb,
             config=to_json(config),
+            first=processes.is_first(),
         ) as writer,
     ):
+        writer.say(layout.say(state.placement(state.abstract(config, run.cfg, run.optimizer), run.sharding), mesh))
         with contextlib.closing(batches(run, start)) as data:
-            step = loop(run, current, start, data, checkpoints, writer, stop)
-        finish(run, current, step, checkpoints, writer, stop())
+            step, signal = loop(run, current, start, data, checkpoints, writer, stop)
+        finish(run, current, step, checkpoints, writer, signal)
 
 
-def prepare(config: ml_collections.ConfigDict, workdir: str, device: torch.device) -> tuple[int | None, Run]:
+def prepare(
+    config: ml_collections.ConfigDict, workdir: str, device: torch.device, mesh: Mesh
+) -> tuple[int | None, Run]:
     """Checks everything that can be checked and builds what a run needs; writes nothing."""
-    configs.validate(config)
     check_workdir(workdir)
     if config.metrics.wandb:
         metrics.import_wandb(config.metrics.wandb)
@@ -89,6 +105,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str, device: torch.devic
                 f"the workdir; or name another --workdir"
             )
     chosen, (cfg, weights) = optimizer.from_config(config), choose_model(config, workdir, resumed)
+    sharding = layout.build(config, cfg, chosen, mesh, device)
     upcoming = [step for step in range(resumed or 0, config.train.steps) if due(step, config.checkpoint.every)]
     checkpoint.check_room(
         workdir,
@@ -103,11 +120,13 @@ def prepare(config: ml_collections.ConfigDict, workdir: str, device: torch.devic
         device=device,
         cfg=cfg,
         weights=weights,
+        sharding=sharding,
+        ops=layout.ops(config, cfg, sharding),
         optimizer=chosen,
         schedule=optimizer.schedule_from_config(config),
         train_source=sources.build(config, config.data.split),
         validation_source=sources.build(config, config.validate.split) if needs_validation(config) else None,
-        encoders=encoders.build(config, cfg, device),  # last, as this may take minutes
+        encoders=encoders.build(config, cfg, device, mesh),  # last, as this may take minutes
     )
     return resumed, run
 
@@ -140,9 +159,12 @@ def needs_validation(config: ml_collections.ConfigDict) -> bool:
 
 def begin(run: Run, resumed: int | None) -> dict:
     """Returns the state to go on from: the checkpoint's, or a fresh one."""
+    home = run.sharding.home or run.device
     if resumed is None:
-        return state.create(run.config, run.cfg, run.optimizer, run.device, run.weights)
-    return checkpoint.restore(run.workdir, resumed, state.abstract(run.config, run.cfg, run.optimizer), run.device)
+        return state.create(run.config, run.cfg, run.optimizer, home, run.weights, run.sharding)
+    like = state.abstract(run.config, run.cfg, run.optimizer)
+    places = state.placement(like, run.sharding)
+    return checkpoint.restore(run.workdir, resumed, like, home, placements=places, mesh=run.sharding.mesh)
 
 
 def loop(
@@ -153,10 +175,15 @@ def loop(
     checkpoints: checkpoint.Checkpoints,
     writer: metrics.Metrics,
     stop: Callable[[], str],
-) -> int:
-    """Takes the steps from `start` to train.steps, with what is due after each; returns the last step taken."""
+) -> tuple[int, str]:
+    """Takes the steps from `start` to train.steps, with what is due after each.
+
+    Returns:
+      The last step taken, and the word of `stop` (of any process) that ended the run before its time, or "".
+    """
     config, meter, step = run.config, Meter(run, writer.last("samples_skipped", 0) if start else 0), start
-    while step < config.train.steps and not stop():
+    signal = processes.agreed_stop(stop)
+    while step < config.train.steps and not signal:
         batch = meter.next(data)
         say_skipped(batch, f"step {step + 1}", writer)
         current, out = steps.train_step(
@@ -168,10 +195,12 @@ def loop(
             encoders=run.encoders,
             optimizer=run.optimizer,
             device=run.device,
+            sharding=run.sharding,
+            ops=run.ops,
         )
         step += 1
-        last = step == config.train.steps
-        if due(step, config.log.every) or last or stop():
+        last, signal = step == config.train.steps, processes.agreed_stop(stop)
+        if due(step, config.log.every) or last or signal:
             writer.write(step, meter.read(out, run.schedule(step - 1)))
         else:
             writer.advance(step)
@@ -184,7 +213,7 @@ def loop(
             checkpoints.save(step, current, run.cfg, to_json(config))
             writer.draw()
         meter.resume()
-    return step
+    return step, signal
 
 
 def finish(
@@ -200,8 +229,9 @@ def finish(
             f"stopped by {signal} after step {step} of {config.train.steps}; the checkpoint is saved: "
             f"the same command goes on from it"
         )
-    summary = writer.close(parameters=flops.parameters(run.cfg))
-    print(f"{run.workdir} holds the run: step {step}, loss {summary['final_loss']}", flush=True)
+    summary = writer.close(parameters=flops.parameters(run.cfg), processes=processes.world())
+    if processes.is_first():
+        print(f"{run.workdir} holds the run: step {step}, loss {summary['final_loss']}", flush=True)
 
 
 def batches(run: Run, start: int) -> Iterator[dict[str, Any]]:
@@ -213,36 +243,50 @@ def batches(run: Run, start: int) -> Iterator[dict[str, Any]]:
         batch_size=run.config.train.batch_size,
         start_step=start,
         posterior_noise=run.encoders.posterior_noise,
+        rank=run.sharding.mesh.index(run.sharding.batch_axes),
+        world=run.sharding.mesh.size(run.sharding.batch_axes),
     )
 
 
-def held_out(run: Run, count: int, batch_size: int) -> Iterator[dict[str, Any]]:
-    """Returns the first `count` samples of the validation split, the same at every validation."""
+def held_out(run: Run, count: int, batch_size: int, mesh: Mesh = ONE) -> Iterator[dict[str, Any]]:
+    """Returns the first `count` samples of the validation split, the same at every validation, dealt to processes."""
     return pipeline.batches(
         run.config,
         run.validation_source,
         run.encoders.tokenize,
-        batch_size=batch_size,
+        batch_size=batch_size * mesh.size(),
         training=False,
         limit=count,
         posterior_noise=run.encoders.posterior_noise,
+        rank=mesh.rank,
+        world=mesh.size(),
     )
 
 
 def say_skipped(batch: dict[str, Any], when: str, writer: metrics.Metrics) -> dict[str, Any]:
     """Names the samples that were replaced in a batch; returns the batch."""
     for line in batch["skipped"]:
-        writer.say(f"{when}: a sample was replaced: {line}")
+        said = f"{when}: a sample was replaced: {line}"
+        # What the others print is not seen, what they log is.
+        writer.say(said) if processes.is_first() else logging.warning("%s", said)
     return batch
 
 
 def validation(run: Run, current: dict, step: int, writer: metrics.Metrics) -> dict[str, Any]:
     """Returns the validation loss, after drawing the split's own captions where that is asked for."""
-    v, params = run.config.validate, state.averaged(current)
+    v, mesh = run.config.validate, run.sharding.mesh
     if v.images:
         draw(run, current, captions(run, v.images), f"validation_{step:06d}.png")
-    data = (say_skipped(batch, "validation", writer) for batch in held_out(run, v.samples, v.batch_size))
-    return validate.run(params, run.cfg, data, config=run.config, encoders=run.encoders, device=run.device)
+    held = held_out(run, v.samples, validate.samples_per_pass(v.samples, v.batch_size, mesh), mesh)
+    return validate.run(
+        placements.shards(state.averaged(current)),
+        run.cfg,
+        (say_skipped(batch, "validation", writer) for batch in held),
+        config=run.config,
+        encoders=run.encoders,
+        device=run.device,
+        sharding=run.sharding,
+    )
 
 
 def prompts(run: Run) -> list[str]:
@@ -259,7 +303,7 @@ def draw(run: Run, current: dict, texts: list[str], name: str) -> None:
     """Samples a grid with the settings of config.sample into samples/NAME."""
     s, size = run.config.sample, run.config.data.image_size
     images = generate.generate(
-        state.averaged(current),
+        placements.shards(state.averaged(current)),
         run.cfg,
         run.encoders,
         texts,
@@ -270,9 +314,10 @@ def draw(run: Run, current: dict, texts: list[str], name: str) -> None:
         guidance=s.guidance,
         cfg_scale=s.cfg_scale,
         shift=s.shift,
-        ops=steps.make_ops(run.config),
+        sharding=run.sharding,
     )
-    pictures.save(pictures.grid(images.numpy(), texts), run.workdir / "samples" / name)
+    if images is not None:
+        pictures.save(pictures.grid(images.numpy(), texts), run.workdir / "samples" / name)
 
 
 def due(step: int, every: int) -> bool:
@@ -290,7 +335,7 @@ class Meter:
 
     def __init__(self, run: Run, skipped: int):
         """Counts replaced samples on from `skipped`."""
-        self._run, self._skipped = run, skipped
+        self._run, self._skipped, self._found = run, skipped, 0
         self._start, self._steps, self._waited = time.perf_counter(), 0, 0.0
 
     def next(self, data: Iterator[dict[str, Any]]) -> dict[str, Any]:
@@ -299,7 +344,7 @@ class Meter:
         batch = next(data)
         self._waited += time.perf_counter() - start
         self._steps += 1
-        self._skipped += len(batch["skipped"])
+        self._found += len(batch["skipped"])
         return batch
 
     def pause(self) -> None:
@@ -311,14 +356,15 @@ class Meter:
         self._start += time.perf_counter()
 
     def read(self, out: dict[str, torch.Tensor], lr: float) -> dict[str, Any]:
-        """Returns the record of the steps since the last one: the fields of `metrics.TRAINING`."""
+        """Returns the record of the steps since the last one, the same on every process: `metrics.TRAINING`."""
         config, cfg = self._run.config, self._run.cfg
         # Reading the loss waits for the device, so the clock is read after it.
         loss, norm = float(out["loss"]), float(out["grad_norm"])
         seconds = time.perf_counter() - self._start
         image_tokens, text_tokens = (config.data.image_size // 16) ** 2, config.text.max_length
         speed = self._steps * config.train.batch_size / seconds
-        tflops = speed * flops.training_flops(cfg, image_tokens, text_tokens) / 1e12
+        tflops = speed * flops.training_flops(cfg, image_tokens, text_tokens) / 1e12 / processes.world()
+        waited, memory, found = self._over_processes()
         peak = config.metrics.peak_tflops
         record = {
             "loss": loss,
@@ -328,9 +374,18 @@ class Meter:
             "tokens_per_s": speed * (image_tokens + text_tokens),
             "tflops": tflops,
             "mfu": tflops / peak if peak else None,
-            "peak_memory_gib": metrics.peak_memory_gib(self._run.device),
-            "data_wait_s": self._waited / self._steps,
-            "samples_skipped": self._skipped,
+            "peak_memory_gib": memory,
+            "data_wait_s": waited / self._steps,
+            "samples_skipped": self._skipped + found,
         }
         self._start, self._steps, self._waited = time.perf_counter(), 0, 0.0
         return record
+
+    def _over_processes(self) -> tuple[float, float, int]:
+        """Returns the longest wait, the most memory, and the samples replaced, each of which one process has read."""
+        sharding = self._run.sharding
+        # Processes that share a sequence read the same samples.
+        repeats = processes.world() // sharding.mesh.size(sharding.batch_axes)
+        mine = (self._waited, metrics.peak_memory_gib(self._run.device), self._found)
+        waits, memory, found = zip(*processes.gather(mine), strict=True)
+        return max(waits), max(memory), sum(found) // repeats

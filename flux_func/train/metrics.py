@@ -38,9 +38,9 @@ VALIDATION = ("validation_loss", "validation_loss_by_timestep")
 class Metrics:
     """Hands records to sinks, and closes the run with its summary and curves. A context manager."""
 
-    def __init__(self, workdir: str | Path, sinks: Sequence[Any], console: "Console"):
-        """See `open_metrics`."""
-        self._workdir, self._sinks, self._console = Path(workdir), [*sinks, console], console
+    def __init__(self, workdir: str | Path, sinks: Sequence[Any], console: "Console | None"):
+        """See `open_metrics`; without a console nothing is said, and no file written."""
+        self._workdir, self._sinks, self._console = Path(workdir), [*sinks, *([console] if console else [])], console
         self._start = time.perf_counter()
 
     def __enter__(self) -> "Metrics":
@@ -57,11 +57,13 @@ class Metrics:
 
     def advance(self, step: int) -> None:
         """Moves the progress bar, for steps between records."""
-        self._console.advance(step)
+        if self._console:
+            self._console.advance(step)
 
     def say(self, line: str) -> None:
         """Prints a line above the progress bar."""
-        self._console.say(line)
+        if self._console:
+            self._console.say(line)
 
     def last(self, field: str, default: Any = None) -> Any:
         """Returns the field's newest value on file, such as the count that a resumed run goes on from."""
@@ -69,13 +71,16 @@ class Metrics:
 
     def draw(self) -> None:
         """Draws curves.png of all the records so far."""
+        if not self._console:
+            return
         draw_curves(read_jsonl(self._records), self._workdir / "curves.png")
 
     def close(self, **more: Any) -> dict[str, Any]:
         """Ends the run: draws the curves, writes summary.json (`summarize` and `more`) and returns it."""
         self.draw()
         summary = summarize(read_jsonl(self._records), time.perf_counter() - self._start) | more
-        write_json(self._workdir / "summary.json", summary)
+        if self._console:
+            write_json(self._workdir / "summary.json", summary)
         self.__exit__()
         return summary
 
@@ -91,6 +96,7 @@ def open_metrics(
     tensorboard: bool = True,
     wandb: str = "",
     config: Mapping[str, Any] | None = None,
+    first: bool = True,
 ) -> Metrics:
     """Returns the metrics of a run, made ready to go on after step `resumed` (0: from the start).
 
@@ -103,11 +109,14 @@ def open_metrics(
       tensorboard: write event files into the workdir.
       wandb: project of Weights & Biases; "": none.
       config: the run's configuration, for Weights & Biases.
+      first: whether this process is the one that writes. Of any other, the metrics only read.
 
     Raises:
       UserError: Weights & Biases is asked for and not installed; nothing was written.
     """
     sinks: list[Any] = []
+    if not first:
+        return Metrics(workdir, sinks, None)
     if wandb:
         sinks.append(WeightsAndBiases(workdir, wandb, config or {}))
     sinks.append(JsonLines(Path(workdir) / "metrics.jsonl", resumed))

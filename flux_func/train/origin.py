@@ -11,10 +11,14 @@ import ml_collections
 import torch
 
 from flux_func import config as configs
+from flux_func import tree
 from flux_func.errors import UserError
 from flux_func.interop import pipelines
 from flux_func.models import flux
 from flux_func.models.layers import Params
+from flux_func.parallel import placements, processes
+from flux_func.parallel.mesh import ONE, Mesh
+from flux_func.parallel.sharding import ONE_PROCESS, Sharding
 from flux_func.train import checkpoint, encoders, state
 
 # How FLUX.1's two distilled models are sampled, by whether they have a guidance embedding: dev and schnell.
@@ -33,16 +37,16 @@ class Origin:
       name: what messages call the model.
       config: a run's, or what stands for one: encoders, numerics.compute, sizes and the settings of config.sample.
       cfg: the model.
-      encoders: (config, device) to the encoders; see `encoders.build`.
-      load: (type, device) to the parameters.
+      encoders: (config, device, mesh) to the encoders; see `encoders.build`.
+      load: (type, sharding) to what this process has of the parameters, no more of which it reads.
       about: what tells the weights from others, for the pictures' metadata.
     """
 
     name: str
     config: ml_collections.ConfigDict
     cfg: flux.FluxConfig
-    encoders: Callable[[ml_collections.ConfigDict, torch.device], encoders.Encoders]
-    load: Callable[[torch.dtype, torch.device], Params]
+    encoders: Callable[[ml_collections.ConfigDict, torch.device, Mesh], encoders.Encoders]
+    load: Callable[[torch.dtype, Sharding], Params]
     about: dict[str, Any]
 
 
@@ -54,11 +58,17 @@ def of_run(workdir: str, step: int | None = None, ema: bool = False) -> Origin:
         raise UserError(f"--ema is True: the checkpoint of step {step} holds no average (ema.decay); leave --ema out")
     cfg = checkpoint.read_model(workdir, step)
 
-    def build(config: ml_collections.ConfigDict, device: torch.device) -> encoders.Encoders:
-        return encoders.build(config, cfg, device)
+    def build(config: ml_collections.ConfigDict, device: torch.device, mesh: Mesh = ONE) -> encoders.Encoders:
+        return encoders.build(config, cfg, device, mesh)
 
-    def load(dtype: torch.dtype, device: torch.device) -> Params:
-        return checkpoint.restore(workdir, step, {member: flux.abstract(cfg, dtype)}, device, cast=True)[member]
+    def load(dtype: torch.dtype, sharding: Sharding = ONE_PROCESS) -> Params:
+        like, places = {member: flux.abstract(cfg, dtype)}, None
+        if sharding.params is not None:
+            places = tree.flatten({member: sharding.params})
+        found = checkpoint.restore(
+            workdir, step, like, sharding.device or "cpu", cast=True, placements=places, mesh=sharding.mesh
+        )
+        return placements.shards(found[member])
 
     about = {"flavor": config.model.flavor, "step": step, "ema": ema}
     return Origin("the model of this run", config, cfg, build, load, about)
@@ -88,12 +98,13 @@ def of_pipeline(folder: str) -> Origin:
         }
     )
 
-    def build(config: ml_collections.ConfigDict, device: torch.device) -> encoders.Encoders:
+    def build(config: ml_collections.ConfigDict, device: torch.device, mesh: Mesh = ONE) -> encoders.Encoders:
         with _naming_weights(folder):
-            return encoders.build(config, weights.cfg, device)
+            return encoders.build(config, weights.cfg, device, mesh)
 
-    def load(dtype: torch.dtype, device: torch.device) -> Params:
-        return state.read_weights(weights, dtype, device)
+    def load(dtype: torch.dtype, sharding: Sharding = ONE_PROCESS) -> Params:
+        with processes.together():
+            return state.read_weights(weights, dtype, sharding.device or torch.device("cpu"), sharding)
 
     return Origin("the model of this pipeline", config, weights.cfg, build, load, {"weights": folder})
 

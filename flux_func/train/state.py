@@ -133,7 +133,7 @@ def _read(rows: Rows, shapes: Params, device: torch.device, sharding: Sharding, 
     flat, params = tree.flatten(shapes), {}
     places = placements.whole(flat) if sharding.params is None else tree.flatten(sharding.params)
     total = sum(place.local_bytes(sharding.mesh) for place in places.values())
-    with tqdm(total=total, desc=doing, unit="B", unit_scale=True) as bar:
+    with tqdm(total=total, desc=doing, unit="B", unit_scale=True, delay=1) as bar:
         for path, place in places.items():
             params[path] = placements.read(place, sharding.mesh, functools.partial(rows, path), device)
             bar.update(params[path].nbytes)

@@ -89,6 +89,20 @@ def train_step(
             last=turn == config.train.accumulate,
         )
         loss = loss + part
+    return state, apply(here, grads, loss, step, config=config, optimizer=optimizer, sharding=sharding)
+
+
+def apply(
+    here: dict,
+    grads: Params,
+    loss: Tensor,
+    step: int,
+    *,
+    config: ml_collections.ConfigDict,
+    optimizer: optimizers.Optimizer,
+    sharding: Sharding,
+) -> dict[str, Tensor]:
+    """Updates this process's part of a state by its part of the gradients; returns {"loss", "grad_norm"} over all."""
     loss, norm = totals(loss, grads, sharding)
     grads, norm = optimizers.clip(grads, config.optimizer.clip_norm, norm)
     mine = sharding.owned(here["params"])
@@ -96,7 +110,7 @@ def train_step(
     sharding.publish(mine, here["params"])
     if "ema" in here:
         ema.update(here["ema"], here["params"], ema.decay_at(step, config.ema.decay))
-    return state, {"loss": loss, "grad_norm": norm}
+    return {"loss": loss, "grad_norm": norm}
 
 
 def totals(loss: Tensor, grads: Params, sharding: Sharding) -> tuple[Tensor, Tensor]:
@@ -114,8 +128,8 @@ def totals(loss: Tensor, grads: Params, sharding: Sharding) -> tuple[Tensor, Ten
     for grad, place in zip(tree.leaves(grads), tree.leaves(sharding.grads), strict=True):
         by_axes.setdefault(place.axes, []).append(grad)
     # What several processes have counts once.
-    squares = [
-        optimizers.global_norm(same).double() ** 2 * mesh.size(axes) / mesh.size() for axes, same in by_axes.items()
-    ]
-    sums = collectives.wait(collectives.start_all_reduce(torch.stack([loss.double(), sum(squares)]), mesh.group()))
-    return sums[0].to(loss.dtype), sums[1].sqrt().to(loss.dtype)
+    shares = {axes: mesh.size(axes) / mesh.size() for axes in by_axes}
+    square = sum(optimizers.global_norm(same).double() ** 2 * shares[axes] for axes, same in by_axes.items())
+    both = torch.stack([loss.double().to(square.device), square])
+    both = collectives.wait(collectives.start_all_reduce(both, mesh.group()))
+    return both[0].to(loss.dtype), both[1].sqrt().to(loss.dtype)

@@ -44,13 +44,31 @@ def gradients(rank: int, sizes: dict[str, int], options: dict[str, Any]) -> tupl
     table = options.get("table", TABLE)
     where = placements.resolve(table, tree.flatten(params), m, "parallel.params")
     grads_where = placements.resolve(options.get("moments", table), tree.flatten(params), m, "parallel.moments")
-    shards = tree.unflatten({p: placements.distribute(leaf[where[p].local(m)].clone(), where[p], m) for p, leaf in tree.flatten(params).items()})
-    s = Sharding(m, tree.unflatten(where), tree.unflatten(grads_where), ("replicate", "shard"), SPLITS if m.sizes["context"] > 1 else {},
-                 prefetch=options.get("prefetch", 1), compute=torch.float32, reduce=torch.float32)
+    shards = tree.unflatten(
+        {
+            p: placements.distribute(leaf[where[p].local(m)].clone(), where[p], m)
+            for p, leaf in tree.flatten(params).items()
+        }
+    )
+    s = Sharding(
+        m,
+        tree.unflatten(where),
+        tree.unflatten(grads_where),
+        ("replicate", "shard"),
+        SPLITS if m.sizes["context"] > 1 else {},
+        prefetch=options.get("prefetch", 1),
+        compute=torch.float32,
+        reduce=torch.float32,
+    )
     ops = Ops()
     if m.sizes["context"] > 1:
         from flux_func.parallel import attention
-        ops = Ops(attention=attention.context_attention(options.get("attention", "all_gather"), m.group(["context"]), options.get("ulysses", -1)))
+
+        ops = Ops(
+            attention=attention.context_attention(
+                options.get("attention", "all_gather"), m, cfg.num_heads, options.get("ulysses", -1)
+            )
+        )
     whole = batch(8)
     world, index = m.size(s.batch_axes), m.index(s.batch_axes)
     share = 8 // world
@@ -59,8 +77,17 @@ def gradients(rank: int, sizes: dict[str, int], options: dict[str, Any]) -> tupl
     grads, loss, step = None, 0.0, share // accumulate
     for i in range(accumulate):
         micro = {k: v[i * step : (i + 1) * step] for k, v in mine.items()}
-        grads, part = fold.grad_and_value(shards, cfg, micro, ops, options.get("remat", "none"), denominator=whole["latents"].numel() * s.repeats,
-                                          into=grads, sharding=s, last=i == accumulate - 1)
+        grads, part = fold.grad_and_value(
+            shards,
+            cfg,
+            micro,
+            ops,
+            options.get("remat", "none"),
+            denominator=whole["latents"].numel() * s.repeats,
+            into=grads,
+            sharding=s,
+            last=i == accumulate - 1,
+        )
         loss = loss + part
     group = m.group()
     loss = loss if group is None else collectives.wait(collectives.start_all_reduce(loss, group))

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flux_func import random, tree
-from flux_func.models import text
+from flux_func.models import text, text_hash
 from flux_func.models.text import TextConfig
 from tests.helpers import tiny_pipeline
 
@@ -55,7 +55,7 @@ def copy(folder, tmp_path):
     ],
 )
 def test_words(caption, words):
-    assert text.words(caption) == words
+    assert text_hash.words(caption) == words
 
 
 def test_hash_tokens_are_words_hashes_cut_and_padded():
@@ -103,7 +103,7 @@ def test_hash_takes_torch_tokens_and_gives_the_type_asked_for():
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.text(st.characters(categories=["Ll", "Nd"]), min_size=1, max_size=8), min_size=2, max_size=6))
 def test_different_words_are_nearly_orthogonal(candidates):
-    distinct = sorted({word for candidate in candidates for word in text.words(candidate)})
+    distinct = sorted({word for candidate in candidates for word in text_hash.words(candidate)})
     cfg = dataclasses.replace(HASH, max_length=64, clip_length=64)
     txt, _ = text.encode({}, cfg, text.tokenizer(cfg)([" ".join(distinct)]))
     vectors = txt[0, : len(distinct)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flux_func import tree
-from flux_func.models import text
+from flux_func.models import text, text_files
 from flux_func.models.text import TextConfig
 from tests.helpers import tiny_pipeline
 
@@ -64,7 +64,7 @@ def same(cfg, reference):
 def test_t5_and_clip_from_folders_of_their_own(apart, hf):
     cfg = TextConfig(kind="hf", t5=str(apart / "t5"), clip=str(apart / "clip"), max_length=40)
     assert text.widths(cfg) == (32, 24)
-    assert text.given(cfg, "t5") == ("text.t5", str(apart / "t5"))
+    assert text_files.given(cfg, "t5") == ("text.t5", str(apart / "t5"))
     same(cfg, hf)
 
 

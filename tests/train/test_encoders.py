@@ -13,7 +13,7 @@ from flux_func import tree
 from flux_func.errors import UserError
 from flux_func.models import autoencoder, flux, text
 from flux_func.train import encoders
-from tests.helpers import tiny_pipeline, tiny_run
+from tests.helpers import rank_encoders, ranks, tiny_pipeline, tiny_run
 from tests.helpers.tiny_run import CPU
 
 CFG = flux.flavor("flux-tiny")
@@ -161,3 +161,51 @@ def test_a_path_that_does_not_serve_is_named(tmp_path, fields, said):
         }
         encoders.build(*settings(given))
     assert str(error.value).startswith(said.format(tmp=tmp_path)) and "\n" not in str(error.value)
+
+
+# Over many processes.
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return str(tiny_pipeline.build(tmp_path_factory.mktemp("hf") / "tiny", shards=True))
+
+
+def alone(folder, fields, captions):
+    codecs = encoders.build(rank_encoders.config(folder, fields), rank_encoders.CFG, CPU)
+    return [part.float().numpy() for part in codecs.encode_text(codecs.tokenize(captions))]
+
+
+def test_t5_in_parts_encodes_bit_for_bit_as_the_whole(tiny):
+    axes = ("replicate", "shard", "context")
+    cases = [
+        ((1, 4, 1), {}),
+        ((1, 2, 2), {"numerics.compute": "bfloat16", "parallel.prefetch": 3}),
+        ((2, 2, 1), {"text.random_init": True, "parallel.prefetch": 0}),
+        ((4, 1, 1), {}),
+    ]
+    given = [(dict(zip(axes, sizes, strict=True)), fields) for sizes, fields in cases]
+    shapes = tree.flatten(text.abstract(text.TextConfig("hf", tiny))["t5"])
+    whole = sum(leaf.numel() for leaf in shapes.values())
+    for rank, found in enumerate(ranks.run(4, rank_encoders.encodings, tiny, given)):
+        for (sizes, fields), (txt, y, kept, rows) in zip(given, found, strict=True):
+            expected = alone(tiny, fields, rank_encoders.CAPTIONS[: rank + 1])
+            assert np.array_equal(txt, expected[0]) and np.array_equal(y, expected[1]) and np.abs(txt).mean() > 0.1
+            # A process keeps its part and reads no more of a leaf at a time, which is what makes up such a part.
+            parts = sizes["shard"] * sizes["context"]
+            assert whole / parts <= sum(kept.values()) <= whole / parts * 1.02
+            if not fields.get("text.random_init"):
+                assert rows.keys() == kept.keys()
+                assert all(rows[path] * leaf[0].numel() <= kept[path] for path, leaf in shapes.items())
+
+
+def test_captions_of_each_process_are_encoded_ahead(tiny):
+    captions = [["a red bird", "one two three", ""], [], ["Fruit!"], []]
+    for mine, txt in zip(captions, ranks.run(4, rank_encoders.ahead, tiny, captions), strict=True):
+        assert np.array_equal(txt, alone(tiny, {}, mine)[0]) if mine else not txt.size
+
+
+def test_a_table_of_the_text_encoder_that_cannot_be_is_refused(tiny):
+    fields = {"parallel.text_encoder": (("*", {"sahrd": 0}),)}
+    with pytest.raises(UserError, match="parallel.text_encoder has the row .* there is no axis 'sahrd'"):
+        encoders.build(rank_encoders.config(tiny, fields), rank_encoders.CFG, CPU)

@@ -4,13 +4,17 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flux_func import random
 from flux_func.flow import sampler
 from flux_func.models import flux
 from flux_func.models.layers import Ops
+from flux_func.parallel.mesh import ONE, Mesh
 from flux_func.train import generate
 from flux_func.train.encoders import Encoders
+from tests.helpers import rank_sampling, ranks
 
 CFG = flux.flavor("flux-tiny")
 GUIDED = dataclasses.replace(CFG, guidance_embed=True)
@@ -118,3 +122,36 @@ def test_progress_is_told_of_every_euler_step_and_ops_are_kept(params):
     passes = generate.batch_count(5, 2) * 3
     assert len(ticks) == passes == 9 and stages.count("double_blocks.1") == stages.count("head") == passes
     assert torch.equal(images, run(params, steps=3, batch_size=2))
+
+
+AXES = ("replicate", "shard", "context")
+
+
+def test_processes_of_any_mesh_draw_what_one_draws():
+    """Also where prompts do not divide, and where there are fewer than processes."""
+    cases = [
+        ((1, 4, 1), 7, {"batch_size": 1, "cfg_scale": 3.0, "negative_prompt": "a six"}),
+        ((2, 2, 1), 7, {}),
+        ((1, 2, 2), 2, {}),
+        ((4, 1, 1), 1, {}),
+    ]
+    meshes = [(dict(zip(AXES, sizes, strict=True)), *rest) for sizes, *rest in cases]
+    first, *others = ranks.run(4, rank_sampling.drawings, meshes)
+    assert others == [[None] * len(cases)] * 3
+    for (_, count, changes), found in zip(meshes, first, strict=True):
+        one = rank_sampling.images(ONE, rank_sampling.PROMPTS[:count], changes).numpy()
+        assert found.shape == (count, 3, 32, 16) and found.std() > 0.1
+        np.testing.assert_allclose(found, one, rtol=1e-5, atol=1e-5)
+
+
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 16))
+@settings(max_examples=60, deadline=None)
+def test_prompts_are_dealt_out_once_and_in_equal_passes(prompts, batch_size, count):
+    sizes = {"replicate": count, "shard": 1, "context": 1}
+    meshes = [Mesh(sizes, rank) for rank in range(count)]
+    shares = [generate.share(prompts, mesh) for mesh in meshes]
+    assert sorted(i for share in shares for i in share) == list(range(prompts))
+    assert max(map(len, shares)) == generate.most(prompts, meshes[0]) <= min(map(len, shares)) + 1
+    for mesh, share in zip(meshes, shares, strict=True):
+        assert len(share) <= batch_size * generate.batch_count(prompts, batch_size, mesh)
+        assert [*generate.stand_in(prompts, mesh)] == ([*share[:1]] or [0])

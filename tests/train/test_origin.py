@@ -33,7 +33,7 @@ def workdir(tmp_path_factory):
 def test_a_runs_model_is_its_checkpoints(workdir, ema, seed, dtype):
     found = origin.of_run(workdir, None, ema)
     assert found.cfg == CFG and found.about == {"flavor": "", "step": 3, "ema": ema}
-    for leaf, expected in zip(tree.leaves(found.load(dtype, CPU)), tree.leaves(flux.init(CFG, seed=seed)), strict=True):
+    for leaf, expected in zip(tree.leaves(found.load(dtype)), tree.leaves(flux.init(CFG, seed=seed)), strict=True):
         assert torch.equal(leaf, expected.to(dtype))
     assert found.encoders(found.config, CPU).tokenize(["a three"])["t5"].shape == (1, 4)
 
@@ -65,6 +65,6 @@ def test_a_pipeline_is_computed_in_what_its_weights_are_stored_in(tmp_path, dtyp
     save_file({name: leaf.to(dtypes[i % len(dtypes)]) for i, (name, leaf) in enumerate(flat.items())}, file)
     found = origin.of_pipeline(str(folder))
     assert found.config.numerics.compute == expected
-    params = found.load(torch.float32, CPU)
+    params = found.load(torch.float32)
     assert {leaf.dtype for leaf in tree.leaves(params)} == {torch.float32}
     assert tree.map(lambda leaf: leaf.shape, params) == tree.map(lambda leaf: leaf.shape, flux.abstract(found.cfg))

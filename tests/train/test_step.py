@@ -14,7 +14,8 @@ from flux_func import random, tree
 from flux_func.data import pipeline, sources
 from flux_func.flow import path
 from flux_func.models import autoencoder, flux, text
-from flux_func.train import encoders, optimizer, state, step
+from flux_func.parallel import mesh
+from flux_func.train import encoders, layout, optimizer, state, step
 from tests.helpers import tiny_run
 from tests.helpers.tiny_run import CPU
 
@@ -48,12 +49,17 @@ def batches(setup, count, start=0):
     return list(itertools.islice(made, count))
 
 
+def given(setup):
+    """What `train_step` is given besides the state and a batch."""
+    sharding = layout.build(setup.config, setup.cfg, setup.optimizer, mesh.ONE, CPU)
+    return {**vars(setup), "device": CPU, "sharding": sharding}
+
+
 def take(setup, count=1, watch=lambda current: None):
     """Takes steps from the start; returns the state and what each step gave."""
     current, outs = state.create(setup.config, setup.cfg, setup.optimizer, CPU), []
     for i, batch in enumerate(batches(setup, count)):
-        given = {"cfg": setup.cfg, "config": setup.config, "encoders": setup.encoders, "optimizer": setup.optimizer}
-        current, out = step.train_step(current, batch, i, **given, device=CPU)
+        current, out = step.train_step(current, batch, i, **given(setup))
         outs.append(out)
         watch(current)
     return current, outs
@@ -231,6 +237,5 @@ def test_the_state_is_donated():
     setup = make({})
     current = state.create(setup.config, setup.cfg, setup.optimizer, CPU)
     before = [leaf.data_ptr() for leaf in tree.leaves(current)]
-    given = {"cfg": setup.cfg, "config": setup.config, "encoders": setup.encoders, "optimizer": setup.optimizer}
-    after, _ = step.train_step(current, batches(setup, 1)[0], 0, **given, device=CPU)
+    after, _ = step.train_step(current, batches(setup, 1)[0], 0, **given(setup))
     assert [leaf.data_ptr() for leaf in tree.leaves(after)] == before

@@ -13,8 +13,10 @@ from torch.overrides import TorchFunctionMode
 from flux_func import tree
 from flux_func.data import pipeline, sources
 from flux_func.models import autoencoder, flux, text
+from flux_func.parallel.mesh import ONE, Mesh
+from flux_func.parallel.sharding import Sharding
 from flux_func.train import encoders, state, validate
-from tests.helpers import tiny_run
+from tests.helpers import rank_sampling, ranks, tiny_run
 from tests.helpers.tiny_run import CPU
 
 CFG = flux.flavor("flux-tiny")
@@ -38,7 +40,8 @@ def run(params, fields=None, batch_size=4, count=10):
     cfg = state.model_config(config)
     codecs = encoders.build(config, cfg, CPU)
     data = read(config, codecs, batch_size, count)
-    return validate.run(params[cfg], cfg, data, config=config, encoders=codecs, device=CPU)
+    sharding = Sharding(compute=state.DTYPES[config.numerics.compute])
+    return validate.run(params[cfg], cfg, data, config=config, encoders=codecs, device=CPU, sharding=sharding)
 
 
 def expected(params, cfg, times, count, all_timesteps):
@@ -129,3 +132,41 @@ def test_it_computes_in_the_type_asked_for_and_keeps_no_graph(params):
         rough = run(params, {"numerics.compute": "bfloat16"})["validation_loss"]
     assert seen == {(torch.bfloat16, torch.bfloat16, False)}
     assert rough == pytest.approx(run(params)["validation_loss"], rel=0.05)
+
+
+AXES = ("replicate", "shard", "context")
+EVERY = {"validate.all_timesteps": True}
+
+
+def test_processes_of_any_mesh_find_what_one_finds():
+    """Also where samples do not divide, where most processes have none, and in a model kept in parts."""
+    cases = [
+        ((1, 4, 1), {}, 10, 2),
+        ((2, 2, 1), {}, 64, 4),
+        ((1, 2, 2), EVERY, 3, 8),
+        ((4, 1, 1), EVERY, 5, 1),
+        ((1, 4, 1), {}, 1, 8),
+        ((1, 4, 1), {"numerics.compute": "bfloat16"}, 9, 2),
+    ]
+    meshes = [(dict(zip(AXES, sizes, strict=True)), *rest) for sizes, *rest in cases]
+    by_rank = ranks.run(4, rank_sampling.validations, meshes)
+    for (sizes, fields, count, batch_size), *every in zip(meshes, *by_rank, strict=True):
+        one = rank_sampling.validation(tiny_run.config(fields), ONE, count, batch_size)
+        found, sent = every[0]
+        assert all(other == (found, sent) for other in every)  # bit for bit, and in as many passes
+        tolerance = 1e-2 if fields.get("numerics.compute") else 1e-6
+        assert found["validation_loss"] == pytest.approx(one["validation_loss"], rel=tolerance)
+        by_timestep = zip(*(side["validation_loss_by_timestep"] for side in (found, one)), strict=True)
+        assert all(a == b or a == pytest.approx(b, rel=tolerance) for a, b in by_timestep)
+        assert bool(sent) == (sizes["shard"] * sizes["context"] > 1)
+
+
+@given(st.integers(1, 200), st.integers(1, 16), st.integers(1, 32))
+@settings(max_examples=60, deadline=None)
+def test_a_pass_has_no_more_samples_than_asked_for_and_all_processes_some_where_they_can(samples, batch_size, count):
+    each = validate.samples_per_pass(samples, batch_size, Mesh({"replicate": 1, "shard": count, "context": 1}))
+    assert 1 <= each <= batch_size
+    positions = [pipeline.Positions(each * count, rank, count, limit=samples) for rank in range(count)]
+    assert sum(len(of_rank) for of_rank in positions) == samples
+    passes = [-(-len(of_rank) // each) for of_rank in positions]
+    assert max(passes) == -(-samples // (each * count))

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flux_func.transforms import ema
+from tests.helpers import rank_sampling, ranks
 
 
 @given(st.floats(0, 1), st.integers(1, 10))
@@ -28,3 +29,7 @@ def test_decay_warms_up_to_its_value():
     assert ema.decay_at(0, 0.999) == 0.1
     assert ema.decay_at(90, 0.999) == 0.91
     assert ema.decay_at(10**6, 0.999) == 0.999
+
+
+def test_the_average_of_parts_is_the_part_of_the_average():
+    assert ranks.run(4, rank_sampling.averages, 3) == [True] * 4

@@ -1,0 +1,89 @@
+"""A program of a few steps that talk to each other, and that fails on some rank in a way that a flag asks for.
+
+torchrun --nproc-per-node=2 -m tests.helpers.rank_processes --fails=kill --rank=1
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+
+from absl import flags, logging
+
+from flux_func import cli
+from flux_func.errors import UserError
+
+STEPS = 10**6
+
+
+def run() -> None:
+    """The program."""
+    flags.DEFINE_string("fails", "", "What the rank does after some steps.")
+    flags.DEFINE_integer("rank", 1, "The rank that does it; -1: every one.")
+    flags.DEFINE_integer("restarts", 0, "In how many starts it does so.")
+    flags.DEFINE_integer("steps", STEPS, "Steps to take.")
+    cli.define_device()
+    cli.run(main)
+
+
+def main(argv: list[str]) -> None:
+    """Takes steps, with a sum over the ranks in each."""
+    del argv
+    import torch
+    import torch.distributed as dist
+    from tqdm import tqdm
+
+    from flux_func.parallel import processes
+
+    stop = cli.stop_requested()
+    processes.start(torch.device("cpu"))
+    processes.agree({"steps": flags.FLAGS.steps})
+    print(f"{processes.world()} ranks", flush=True)
+    if not processes.is_first():
+        logging.warning("a warning")
+    signal_name = ""
+    for step in tqdm(range(flags.FLAGS.steps), desc="steps", mininterval=60):
+        signal_name = processes.agreed_stop(stop)
+        if signal_name:
+            break
+        if step == 5:
+            fail(processes.rank())
+        total = torch.tensor(processes.rank())
+        dist.all_reduce(total)
+        assert int(total) == sum(range(processes.world()))
+        time.sleep(0.01)
+    print(f"ended by {signal_name or 'itself'} after {'some' if signal_name else step + 1} steps", flush=True)
+    processes.stop()
+
+
+def fail(rank: int) -> None:
+    """Does what --fails says, on the rank that --rank says."""
+    from flux_func.parallel import processes
+
+    here = flags.FLAGS.rank in (rank, -1)
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) <= flags.FLAGS.restarts
+    match flags.FLAGS.fails if again else "":
+        case "together":
+            with processes.together():
+                if here:
+                    raise UserError("data.path is 'there': no such file")
+        case "kill" if here:
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "raise" if here:
+            raise ValueError("a defect of ours")
+        case "refuse" if here:
+            raise UserError("data.path is 'there': no such file")
+        case "exit" if here:
+            sys.exit(5)
+        case "hang":
+            # One ends by itself, and another is where neither a signal nor a broken connection gets it out.
+            if here:
+                os._exit(7)
+            lock = ctypes.create_string_buffer(256)
+            for _ in range(2):
+                ctypes.CDLL(None).pthread_mutex_lock(lock)
+
+
+if __name__ == "__main__":
+    run()
