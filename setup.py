@@ -38,10 +38,12 @@ EXTRAS = {
         *REFERENCES,
         *DATASETS,
         "hypothesis>=6.150",
+        "jsonschema>=4.26",
         "packaging>=25.0",
         "psutil>=7.0",
         "pytest>=9.0",
         "pytest-xdist>=3.8",
+        "pyyaml>=6.0",
         "ruff>=0.17.5,<0.18",  # another minor version may format otherwise
         "tokenizers>=0.23",
     ],
@@ -72,6 +74,7 @@ setuptools.setup(
             "train_main=flux_func.train_main:run",
             "sample_main=flux_func.sample_main:run",
             "parity_main=flux_func.parity_main:run",
+            "plan_main=flux_func.plan_main:run",
         ]
     },
 )

@@ -23,6 +23,7 @@ PUBLIC = "//visibility:public"
 HERE_ONLY = "//:__subpackages__"
 # The distribution of an imported name, where they differ.
 DISTRIBUTIONS = {"PIL": "pillow", "absl": "absl_py", "orbax": "orbax_checkpoint", "sklearn": "scikit_learn"}
+DISTRIBUTIONS["yaml"] = "pyyaml"
 # What is installed in an environment of its own (third_party/README.md).
 ELSEWHERE = ("torchtitan",)
 # Folders that are no packages: their modules are imported by their bare names.

@@ -60,14 +60,43 @@ def test_help_answers_with_every_flag():
         assert word in done.stdout
 
 
-def test_the_first_signal_asks_and_the_second_acts():
+@pytest.fixture
+def handlers():
+    """Puts the handlers of signals back after the test."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        stop = cli.stop_requested()
-        assert stop() == ""
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_the_first_signal_asks_and_the_second_acts(handlers):
+    stop = cli.stop_requested()
+    assert stop() == ""
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop() == "SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_one_of_many_ranks_gets_the_same_signal_twice(handlers, monkeypatch):
+    """From a scheduler, say, and from the launcher that the scheduler has told too."""
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    stop = cli.stop_requested()
+    for _ in range(2):
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop() == "SIGTERM"
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    monkeypatch.setattr(cli, "SAME_SIGNAL", 0)  # as if some seconds had gone by
+    killed = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: killed.append(number))
+    signal.raise_signal(signal.SIGTERM)
+    assert killed == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_launcher_that_says_it_wrong_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["program"])
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda argv: None)
+    assert stop.value.code == 2
+    said = "program: error: WORLD_SIZE is 'many': should be a whole number at least 1\n"
+    assert capsys.readouterr().err == said

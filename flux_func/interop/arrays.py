@@ -28,6 +28,7 @@ def orbax() -> Any:
     if not os.environ.get("JAX_PLATFORMS"):
         jax.config.update("jax_platforms", "cpu")
 
+    logging.getLogger("jax._src.distributed").setLevel(logging.WARNING)
     logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
     sys.unraisablehook = functools.partial(_quiet, sys.unraisablehook)
     return orbax.checkpoint

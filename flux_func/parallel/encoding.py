@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -95,20 +96,23 @@ def _computing(
             kind, out = (*tree.flatten(part), *carry), carry
             # A block gives what the next one takes, so that one of a kind is enough.
             if kind not in known:
-                out, known[kind] = meter.cost(stage, part, carry, const)
+                out, cost = meter.cost(stage, part, carry, const)
+                known[kind] = replace(cost, kept=0)
             stages.append((path, known[kind]))
             meter.drain()
             return out
 
         return run
 
-    with FakeTensorMode(allow_fallback_kernels=False), Meter(DEVICES[device]) as meter, torch.no_grad():
+    shapes, image_shapes = text.abstract(text_cfg, dtype), autoencoder.abstract(image_cfg, dtype)
+    fake = FakeTensorMode(allow_fallback_kernels=False, allow_non_fake_inputs=True)
+    with fake, Meter(DEVICES[device]) as meter, torch.no_grad():
         if text_cfg.kind == "hf":
             tokens = {"t5": _tokens(count, text_cfg.max_length), "clip": _tokens(count, text_cfg.clip_length)}
-            text.encode(_fakes(text.abstract(text_cfg, dtype)), text_cfg, tokens, wrap_stage=wrap_stage)
+            text.encode(_fakes(shapes), text_cfg, tokens, wrap_stage=wrap_stage)
             rest.append(Cost(0, 0, meter.drain()))
         images = torch.empty(count, 3, size, size, dtype=dtype if image_cfg.kind == "kl" else torch.float32)
-        params = _fakes(autoencoder.abstract(image_cfg, dtype))
+        params = _fakes(image_shapes)
         (_, cost) = meter.cost(autoencoder.encode, params, image_cfg, images)
         rest.append(Cost(0, images.nbytes + cost.peak, cost.events))
     return stages, rest

@@ -43,11 +43,13 @@ def refuse(line: str, again: bool = False) -> NoReturn:
       again: whether another start may go better. If not, torchrun is asked to end, which would start the same again as
         often as --max-restarts says, whatever the exit code.
     """
-    if _first(line):
+    if _first(line, unasked=True):
         _say(line)
     _record(line)
     if not again:
         _stop_restarts()
+    if not joining.by_agent():
+        time.sleep(1)  # where rank 0 keeps the store, the others still ask it who has said what
     leave(2)
 
 
@@ -74,7 +76,7 @@ def watch(reacted: Callable[[], bool]) -> None:
     Args:
       reacted: whether the program has come to know of the signal.
     """
-    if not joining.by_agent():
+    if not joining.by_torchrun():
         return
     inner, outer = socket.socketpair()
     outer.setblocking(False)
@@ -107,11 +109,11 @@ def _say(text: str) -> None:
     os.write(2, f"{text}\n".encode(errors="replace"))
 
 
-def _first(what: str) -> bool:
-    """Returns whether no other rank came by here with the same words; True where they cannot be asked."""
+def _first(what: str, unasked: bool) -> bool:
+    """Returns whether no other rank came by here with the same words; `unasked` where there is no way to tell."""
     with contextlib.suppress(Exception):
         return processes.store().add(f"flux_func/{joining.attempt()}/{what}", 1) == 1
-    return True
+    return unasked
 
 
 def _record(text: str) -> None:
@@ -135,7 +137,9 @@ def _linger() -> None:
 def _stop_restarts() -> None:
     """Ends the torchrun that started this process, where it would start it again."""
     most = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-    if joining.by_agent() and int(joining.attempt()) < most and _first(f"stop node {os.environ['GROUP_RANK']}"):
+    left = joining.by_torchrun() and int(joining.attempt()) < most
+    # Once a node: a second signal would break off what the first one began.
+    if left and _first(f"stop node {os.environ['GROUP_RANK']}", unasked=False):
         os.kill(os.getppid(), signal.SIGTERM)
 
 

@@ -38,8 +38,13 @@ def number(name: str, least: int, most: float = float("inf")) -> int:
     return int(given)
 
 
+def by_torchrun() -> bool:
+    """Returns whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def by_agent() -> bool:
-    """Returns whether torchrun started this process, and keeps a store where MASTER_ADDR:MASTER_PORT is."""
+    """Returns whether torchrun keeps a store where MASTER_ADDR:MASTER_PORT is; else rank 0 should."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
@@ -49,10 +54,12 @@ def attempt() -> str:
 
 
 def agents_store() -> dist.Store:
-    """Returns torchrun's own store; RuntimeError where there is none."""
+    """Returns torchrun's own store; RuntimeError or Unreachable where there is none."""
     if not by_agent():
         raise RuntimeError("not started by torchrun")
-    return _client(os.environ["MASTER_ADDR"], number("MASTER_PORT", 1), 5)
+    host, port = os.environ["MASTER_ADDR"], number("MASTER_PORT", 1)
+    _reach(host, port, 1)
+    return _client(host, port, 5)
 
 
 def join(rank: int, count: int) -> dist.Store:

@@ -68,8 +68,10 @@ def stop() -> None:
 
 
 def store() -> dist.Store:
-    """Returns a store where all ranks meet: torchrun's, before they joined up; RuntimeError where there is none."""
-    return _joined[0] if _joined else joining.agents_store()
+    """Returns a store where all ranks meet, of whoever ends last: torchrun's, else rank 0's; RuntimeError without."""
+    if joining.by_agent() or not _joined:
+        return joining.agents_store()
+    return _joined[0]
 
 
 def rank() -> int:

@@ -54,6 +54,8 @@ def processes(sizes: Mapping[str, int]) -> Iterator[Mesh]:
 def trace(problem: Problem) -> Trace:
     """Runs a problem's step, encoders apart, on fake tensors; its mesh is one of `processes`."""
     here, meter = problem.sharding.mesh, Meter()
+    # First of all, since a mesh computes the groups of its processes when they are asked for.
+    names, sent = group_names(here), Counter()
     shapes = parts(problem.state, here)
     with FakeTensorMode(allow_fallback_kernels=False), meter:
         params, grads = _fakes(shapes["params"]), None
@@ -74,7 +76,6 @@ def trace(problem: Problem) -> Trace:
         working = meter.peak - state
     with meter:
         problem.update(shapes, parts(tree.flatten(problem.sharding.grads), here))
-    names, sent = group_names(here), Counter()
     for event in meter.events:
         if isinstance(event, Send):
             sent[event.kind, names[event.group]] += event.sent

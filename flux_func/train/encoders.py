@@ -54,22 +54,13 @@ def build(config: ml_collections.ConfigDict, cfg: FluxConfig, device: torch.devi
       UserError: files that are missing or do not serve, or whose widths are not those of the model `cfg`; a table that
         cannot be honoured.
     """
-    text_cfg = text.TextConfig(
-        kind=config.text.kind,
-        path=config.text.path,
-        t5=config.text.t5,
-        clip=config.text.clip,
-        max_length=config.text.max_length,
-        random_init=config.text.random_init,
-        context_dim=cfg.context_in_dim,
-        vec_dim=cfg.vec_in_dim,
-    )
+    text_cfg = text_config(config, cfg)
     dtype = DTYPES[config.numerics.compute]
     image_params, image_cfg = _autoencoder(config, dtype, device)
     try:
         _check_widths(text_cfg, cfg)
         tokenize = text.tokenizer(text_cfg)
-        split = _t5_sharding(config, text_cfg, dtype, device, mesh)
+        split = t5_sharding(config, text_cfg, dtype, device, mesh)
         text_params = text.load(text_cfg, config.train.seed, dtype, device, _reading(split))
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
@@ -94,9 +85,25 @@ def build(config: ml_collections.ConfigDict, cfg: FluxConfig, device: torch.devi
     return Encoders(tokenize, encode_text, encode_image, decode, sampled)
 
 
-def _t5_sharding(
+def text_config(config: ml_collections.ConfigDict, cfg: FluxConfig) -> text.TextConfig:
+    """Returns the text encoders that a config names, for the model `cfg`."""
+    t = config.text
+    return text.TextConfig(
+        kind=t.kind,
+        path=t.path,
+        t5=t.t5,
+        clip=t.clip,
+        max_length=t.max_length,
+        random_init=t.random_init,
+        context_dim=cfg.context_in_dim,
+        vec_dim=cfg.vec_in_dim,
+    )
+
+
+def t5_sharding(
     config: ml_collections.ConfigDict, text_cfg: text.TextConfig, dtype: torch.dtype, device: torch.device, mesh: Mesh
 ) -> Sharding:
+    """Returns where T5's parameters are over a mesh; UserError for a table that cannot be honoured."""
     shapes = tree.flatten(text.abstract(text_cfg, dtype).get("t5", {}))
     places = placements.resolve(config.parallel.text_encoder, shapes, mesh, "parallel.text_encoder")
     return Sharding(mesh, tree.unflatten(places), prefetch=config.parallel.prefetch, device=device)

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import itertools
 import os
+import select
 import socket
 import sys
 import time
@@ -40,8 +41,11 @@ class Meeting:
     through it.
     """
 
-    def __init__(self, store: dist.Store, processes: int):
+    def __init__(self, store: dist.Store, processes: int, lines: Sequence[socket.socket] = ()):
         self._store, self._processes = store, processes
+        self._lines = select.poll()
+        for line in lines:
+            self._lines.register(line)
         self._times: dict[str, Iterator[int]] = {}
         self._failed = False
         self.before: BaseException | None = None  # what was being handled already when Orbax was called
@@ -62,12 +66,18 @@ class Meeting:
             self._store.set(f"{key}/all", "")
         pause, end = FIRST_PAUSE, time.monotonic() + timeout_in_ms / 1000
         while not self._store.check([f"{key}/all"]):
+            if self._lost():
+                self.fail()
             if self._failed or self._store.check(["failed"]):
                 raise Abandoned(barrier_id)
             if time.monotonic() > end:
                 raise TimeoutError(f"not every process came to {barrier_id} within {timeout_in_ms / 1000:.0f} s")
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _lost(self) -> bool:
+        # Nobody sends anything: there is news of a line when its other end is gone.
+        return any(event & ~select.POLLOUT for _, event in self._lines.poll(0))
 
     def key_value_try_get(self, key: str) -> str:
         """Raises what JAX does where nothing was set, which nobody does here: directories are made before a save."""
@@ -86,21 +96,25 @@ def meet() -> Meeting:
       UserError: on every process, where one cannot reach the first.
     """
     arrays.orbax()
-    _introduce()
+    lines = _introduce()
     from jax._src import distributed
 
     store = dist.PrefixStore(f"flux_func/orbax/{next(_meetings)}", dist.distributed_c10d._get_default_store())
-    distributed.global_state.client = meeting = Meeting(store, dist.get_world_size())
+    distributed.global_state.client = meeting = Meeting(store, dist.get_world_size(), lines)
     return meeting
 
 
 @functools.cache
-def _introduce() -> None:
-    """Makes JAX's process index torch's rank, and every process's CPU one of its devices."""
+def _introduce() -> list[socket.socket]:
+    """Makes JAX's process index torch's rank, and every process's CPU one of its devices.
+
+    Returns:
+      Lines to the processes whose end this one should notice: the first one's to all, the others' to the first.
+    """
     import jax
     from jax.extend import backend
 
-    host, port = _address()
+    host, port, lines = _connect()
     # JAX may have been used already, to read a checkpoint: as one process alone.
     backend.clear_backends()
     for option, value in (
@@ -121,28 +135,34 @@ def _introduce() -> None:
         jax.devices()
         jax.distributed.shutdown()
     processes.gather(None)
+    return lines
 
 
-def _address() -> tuple[str, int]:
-    """Returns a host and a free port of the first process, which every process has reached."""
+def _connect() -> tuple[str, int, list[socket.socket]]:
+    """Returns a host and a free port of the first process, and lines that have been opened to there."""
     hosts = processes.gather(socket.gethostname())
     host = "127.0.0.1" if len(set(hosts)) == 1 else os.environ.get("MASTER_ADDR") or hosts[0]
-    with contextlib.ExitStack() as stack:
-        port = None
-        if processes.is_first():
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            server = stack.enter_context(socket.create_server(("", 0), family=family, backlog=len(hosts)))
-            port = server.getsockname()[1]
-        port = processes.from_first(port)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    first = processes.is_first()
+    serve = functools.partial(socket.create_server, ("", 0), family=family, backlog=len(hosts))
+    with serve() if first else contextlib.nullcontext() as server:
+        port = processes.from_first(server.getsockname()[1] if first else None)
         with processes.together():
-            try:
-                socket.create_connection((host, port), timeout=JOIN_SECONDS).close()
-            except OSError as error:
-                raise UserError(
-                    f"MASTER_ADDR is {host}: port {port} there cannot be reached from {socket.gethostname()} "
-                    f"({error.strerror or error}), and checkpoints need it; open the ports between the nodes"
-                ) from error
-    return host, port
+            lines = [] if first else [_line(host, port)]
+        if first:
+            server.settimeout(JOIN_SECONDS)
+            lines = [server.accept()[0] for _ in hosts[1:]]
+    return host, port, lines
+
+
+def _line(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_connection((host, port), timeout=JOIN_SECONDS)
+    except OSError as error:
+        raise UserError(
+            f"MASTER_ADDR is {host}: port {port} there cannot be reached from {socket.gethostname()} "
+            f"({error.strerror or error}), and checkpoints need it; open the ports between the nodes"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -67,8 +67,22 @@ def wait_until(process: subprocess.Popen, logs: pathlib.Path, pattern: str, time
     """Waits until rank 0 has printed something."""
     deadline = time.monotonic() + timeout
     while not re.search(pattern, said(logs, 0, "stdout")):
-        assert process.poll() is None and time.monotonic() < deadline, said(logs, 0, "stderr")
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.terminate()
+            raise AssertionError(process.communicate()[0] + said(logs, 0, "stderr"))
         time.sleep(0.1)
+
+
+def wait_for_listener(endpoint: str, timeout: float = 60) -> None:
+    """Waits until something listens at host:port."""
+    host, port = endpoint.split(":")
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            return socket.create_connection((host, int(port))).close()
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
 
 
 def free_port() -> int:

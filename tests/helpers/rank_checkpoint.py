@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import pathlib
 import resource
 import signal
 import time
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from flux_func import tree
 from flux_func.errors import UserError
@@ -87,103 +89,110 @@ def restore(rank: int, workdir: str, step: int, sizes: tuple, table: placements.
     ]
 
 
-def refused(rank: int, workdir: str, case: str) -> tuple[list[str], list[int]]:
-    """Saves step 1, then meets an error that one process alone has; returns its lines and the steps that are there.
+def refused(rank: int, workdir: str) -> tuple[list[str], list[int]]:
+    """Saves step 1, meets errors that one process alone has, and saves step 3.
 
-    Args:
-      rank: of this process.
-      workdir: of the run.
-      case: "quota" (the second process may write no large files, in a save that is waited for and in one that is not),
-        "room" (the first sees a full disk), "read" (the second cannot read), "export" (its weights overflow).
+    Returns:
+      The lines: the second cannot read; its weights overflow; the first sees a full disk; the second may write no
+      large files, in a save that is waited for and in one that is not. And the steps that are there.
     """
     mesh, where = placed((1, 2, 1))
-    lines = []
+    lines: list[str] = []
     with checkpoint.Checkpoints(workdir, keep_last=0) as checkpoints:
         checkpoints.save(1, sharded(whole(1), mesh, where), CFG, {}, wait=True)
-        state = sharded(whole(2), mesh, where)
-        for attempt in _attempts(rank, workdir, case, checkpoints, state, where, mesh):
+        for attempt in _attempts(rank, workdir, checkpoints, sharded(whole(2), mesh, where), where, mesh):
             try:
                 attempt()
                 lines.append("nothing was refused")
             except UserError as error:
                 lines.append(str(error))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         checkpoints.save(3, sharded(whole(3), mesh, where), CFG, {})
     return lines, checkpoint.steps(workdir)
 
 
-def _attempts(rank, workdir, case, checkpoints, state, where, mesh):
-    if case == "quota":
-        if rank == 1:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
-        yield lambda: checkpoints.save(2, state, CFG, {}, wait=True)
-        checkpoints.save(2, state, CFG, {})
-        yield checkpoints.wait
-    elif case == "room":
-        if rank == 0:
-            room.shutil.disk_usage = lambda path: SimpleNamespace(free=10**6)
-        yield lambda: checkpoints.save(2, state, CFG, {})
-        if rank == 0:
-            room.shutil.disk_usage = lambda path: SimpleNamespace(free=10**12)
-    elif case == "read":
-        if rank == 1:
-            read, orbax.read = orbax.read, _cut_short
-        yield lambda: checkpoint.restore(workdir, 1, state, placements=where, mesh=mesh)
-        if rank == 1:
-            orbax.read = read
-    else:
-        if rank == 1:
-            placements.local(state["params"]["img_in"]["weight"])[0, 0] = 1e6
-        yield lambda: checkpoint.weights(state, "float16")
+def _attempts(rank, workdir, checkpoints, state, where, mesh):
+    if rank == 1:
+        read, orbax.read = orbax.read, _cut_short
+    yield lambda: checkpoint.restore(workdir, 1, state, placements=where, mesh=mesh)
+    if rank == 1:
+        orbax.read = read
+    large = tree.map(torch.clone, {"params": state["params"]})
+    if rank == 1:
+        placements.local(large["params"]["img_in"]["weight"])[0, 0] = 1e6
+    yield lambda: checkpoint.weights(large, "float16")
+    usage = room.shutil.disk_usage
+    if rank == 0:
+        room.shutil.disk_usage = lambda path: SimpleNamespace(free=10**6)
+    yield lambda: checkpoints.save(2, state, CFG, {})
+    room.shutil.disk_usage = usage
+    if rank == 1:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
+    yield lambda: checkpoints.save(2, state, CFG, {}, wait=True)
+    checkpoints.save(2, state, CFG, {})
+    yield checkpoints.wait
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
 def _cut_short(*args):
     raise ValueError("cut\nshort")
 
 
-def lose_one(rank: int, workdir: str, victim: int) -> str:
-    """Kills one process while a save is under way; returns, on the other, how it learned of that and how long it took."""
+def lose_one(rank: int, workdir: str, victim: int, when: str) -> None:
+    """Kills one process; the other writes to `said` how it learned of that, and how long it took.
+
+    Args:
+      rank: of this process.
+      workdir: of the run.
+      victim: the rank that is killed.
+      when: "saving", or "between" saves, when the other goes on for as long as it talks to nobody.
+    """
     mesh, where = placed((1, 2, 1))
     state = sharded(whole(2), mesh, where)
-    start = 0.0
+    said = "nothing happened"
     try:
         with checkpoint.Checkpoints(workdir, keep_last=0) as checkpoints:
-            checkpoints.save(1, sharded(whole(1), mesh, where), CFG, {}, wait=True)
+            checkpoints.save(1, sharded(whole(1), mesh, where), CFG, {})
+            checkpoints.wait()
             if rank == victim:
-                # It goes in the middle of writing.
-                arrays.assemble = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+                if when == "between":
+                    _die()
+                arrays.assemble = _die
+            elif when == "between":
+                time.sleep(1)
             start = time.monotonic()
             checkpoints.save(2, state, CFG, {})
             checkpoints.wait()
     except Exception as error:
-        return f"{type(error).__name__} after {time.monotonic() - start:.0f} s"
-    return "nothing happened"
+        said = f"{type(error).__name__} after {time.monotonic() - start:.0f} s"
+    (pathlib.Path(workdir).parent / "said").write_text(said)
 
 
-def die_between(rank: int, workdir: str, victim: int) -> str:
-    """Kills one process after a save; the other goes on for as long as it talks to nobody."""
+def _die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail_alone(rank: int, workdir: str) -> float:
+    """Raises on one process while a save is under way; returns the seconds that leaving took it."""
     mesh, where = placed((1, 2, 1))
-    checkpoints = checkpoint.Checkpoints(workdir, keep_last=0)
-    checkpoints.save(1, sharded(whole(1), mesh, where), CFG, {})
-    checkpoints.wait()
-    if rank == victim:
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(3)
     start = time.monotonic()
+    checkpoints = checkpoint.Checkpoints(workdir, keep_last=0)
+    if rank == 0:
+        checkpoints.save(1, sharded(whole(1), mesh, where), CFG, {})
+        dist.barrier()  # the other has left, and its threads go on
+        checkpoints.close()
+        return 0
     try:
-        checkpoints.wait()
-    except Exception:
-        return f"alive, and knew within {time.monotonic() - start:.0f} s; {checkpoint.steps(workdir)}"
-    return "nothing happened"
-
-
-def exported(rank: int, workdir: str) -> None:
-    """Saves weights alone in half precision, and once more in a run whose leaves are repeated and large."""
-    mesh, where = placed((2, 1, 1))
-    with checkpoint.Checkpoints(workdir) as checkpoints:
-        weights = checkpoint.weights(sharded(whole(1), mesh, where), "float16")
-        checkpoints.save(1, weights, CFG, {}, wait=True)
+        with checkpoints:
+            checkpoints.save(1, sharded(whole(1), mesh, where), CFG, {})
+            start = time.monotonic()
+            raise ZeroDivisionError
+    except ZeroDivisionError:
+        took = time.monotonic() - start
+    dist.barrier()
+    # What the first one's close() asks of all.
+    checkpoints.close()
+    return took
 
 
 def peak_of_restore(rank: int, workdir: str, like: dict[str, Any]) -> float:

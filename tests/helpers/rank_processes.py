@@ -8,6 +8,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 from absl import flags, logging
 
@@ -83,6 +85,47 @@ def fail(rank: int) -> None:
             lock = ctypes.create_string_buffer(256)
             for _ in range(2):
                 ctypes.CDLL(None).pthread_mutex_lock(lock)
+
+
+def agreements(rank: int, port: str) -> dict[str, Any]:
+    """Joins the ranks of another group again, by the environment; returns what they then agree on."""
+    import torch
+    import torch.distributed as dist
+
+    from flux_func.parallel import processes
+
+    count = dist.get_world_size()
+    dist.destroy_process_group()
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    processes.start(torch.device("cpu"))
+    words = ["", "SIGTERM" if rank == 2 else "", "SIGINT" if rank == 0 else "SIGTERM"]
+    settings = {"train.seed": 2 * (rank == 2)}
+    return {
+        "gathered": processes.gather(processes.rank()),
+        "first": processes.from_first(f"of {rank}"),
+        "stop": [processes.agreed_stop(lambda word=word: word) for word in words],
+        "together": _refused(_missing, f"missing on {rank}" if rank else ""),
+        "all": _refused(_missing, "missing"),
+        "agree": _refused(processes.agree, settings),
+        "lacking": _refused(processes.agree, {"train.steps": 5} if rank else {}),
+        "code": _refused(processes.agree, {}),
+    }
+
+
+def _missing(line: str) -> None:
+    from flux_func.parallel import processes
+
+    with processes.together():
+        if line:
+            raise UserError(line)
+
+
+def _refused(fn: Callable, *args: Any) -> str:
+    try:
+        fn(*args)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 
 from flux_func import sample_main, tree
 from flux_func.data import pipeline, sources
+from flux_func.errors import UserError
 from flux_func.models import flux
 from flux_func.parallel import collectives, mesh, placements
 from flux_func.parallel.mesh import Mesh
@@ -74,6 +75,31 @@ def validations(rank: int, cases: list[Case]) -> list[tuple[dict[str, Any], dict
     return out
 
 
+def interrupted(rank: int) -> str:
+    """Returns what is raised where the data of rank 1 end in an error after a batch, and the others' do not."""
+
+    def batches():
+        yield from pipeline.batches(
+            config,
+            sources.build(config, "validation"),
+            codec.tokenize,
+            batch_size=2,
+            training=False,
+            limit=4 - 2 * rank,
+        )
+        if rank == 1:
+            raise UserError("data.path is 'there': is gone")
+
+    config, made = tiny_run.config(), mesh.build({"replicate": 2, "shard": 1, "context": 1})
+    sharding, mine = lay_out(made, weights())
+    codec = encoders.build(config, CFG, CPU, made)
+    try:
+        validate.run(mine, CFG, batches(), config=config, encoders=codec, device=CPU, sharding=sharding)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def images(made: Mesh, prompts: list[str], changes: dict[str, Any]) -> torch.Tensor | None:
     """Returns the images of some prompts, in the first process."""
     sharding, mine = lay_out(made, weights())
@@ -113,7 +139,7 @@ def program(rank: int, runs: list[dict[str, Any]]) -> list[str]:
         try:
             sample_main.sample(types.SimpleNamespace(**flags), CPU)
             said.append("")
-        except sample_main.UserError as error:
+        except UserError as error:
             said.append(str(error))
     return said
 

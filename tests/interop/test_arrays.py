@@ -1,4 +1,5 @@
 import logging
+import math
 
 import numpy as np
 import pytest
@@ -79,3 +80,40 @@ def test_orbax_is_quiet_and_absl_is_not(capsys):
     finally:
         logger.removeHandler(handler)
     assert heard == ["said by /our/own/module.py"]
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data(), sizes=st.lists(st.integers(1, 3), min_size=1, max_size=3), ndim=st.integers(0, 3))
+def test_parts_make_up_the_leaf_and_are_where_jax_is_told(data, sizes, ndim):
+    dims = [data.draw(st.sampled_from([None, *range(ndim)])) for _ in sizes]
+    split = [math.prod(size for size, dim in zip(sizes, dims, strict=True) if dim == d) for d in range(ndim)]
+    shape = tuple(data.draw(st.integers(1, 4)) * count for count in split)
+    whole, axes = torch.arange(math.prod(shape)).view(shape), ("a", "b", "c")[: len(sizes)]
+    rows, least = np.arange(math.prod(sizes)).reshape(sizes), arrays.LEAST_PART_BYTES
+    arrays.LEAST_PART_BYTES = data.draw(st.sampled_from([1, 64]))
+    found = []
+    try:
+        for place in np.ndindex(*sizes):
+            local = whole
+            for size, dim, index in zip(sizes, dims, place, strict=True):
+                local = local if dim is None else local.chunk(size, dim)[index]
+            part = arrays._share(local, shape, rows, axes, dims, place)
+            # What JAX's NamedSharding says of this device.
+            told = whole
+            for dim, names in enumerate(part.spec):
+                for name in names:
+                    told = told.chunk(sizes[axes.index(name)], dim)[place[axes.index(name)]]
+            assert torch.equal(part.tensor, told) and part.shape == shape
+            found.append(part)
+    finally:
+        arrays.LEAST_PART_BYTES = least
+    copies = math.prod(size for size, dim in zip(sizes, dims, strict=True) if dim is None)
+    shared = len(found[0].spec and sum(found[0].spec, ())) > sum(dim is not None for dim in dims)
+    assert sum(part.tensor.numel() for part in found) == whole.numel() * (1 if shared else copies)
+
+
+def test_without_other_processes_a_part_is_the_leaf():
+    leaf = torch.zeros(4, 3, requires_grad=True)
+    part = arrays.part(leaf)
+    assert part.tensor.data_ptr() == leaf.data_ptr() and not part.tensor.requires_grad
+    assert arrays.assemble(part, part.tensor).shape == (4, 3)

@@ -1,7 +1,6 @@
-"""The text encoders: `hash` against its definition, `hf` against transformers' own models and tokenizers."""
+"""The text encoders with weights against transformers' own models and tokenizers."""
 
 import dataclasses
-import json
 import multiprocessing
 import pickle
 import shutil
@@ -9,11 +8,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from flux_func import random, tree
-from flux_func.models import text, text_hash
+from flux_func import tree
+from flux_func.models import text
 from flux_func.models.text import TextConfig
 from tests.helpers import tiny_pipeline
 
@@ -32,87 +29,6 @@ def hf(folder):
     return TextConfig(kind="hf", path=str(folder), max_length=40)
 
 
-@pytest.fixture
-def copy(folder, tmp_path):
-    """A copy of the folder to spoil, and a config that names it."""
-    shutil.copytree(folder, tmp_path / "copy")
-    return tmp_path / "copy", TextConfig(kind="hf", path=str(tmp_path / "copy"), max_length=8)
-
-
-# hash
-
-
-@pytest.mark.parametrize(
-    ("caption", "words"),
-    [
-        ("A handwritten THREE", ["a", "handwritten", "three"]),
-        ("it's 3.5% (really)!", ["it", "'", "s", "3", ".", "5", "%", "(", "really", ")", "!"]),
-        ("snake_case\tand\nlines", ["snake", "_", "case", "and", "lines"]),
-        ("Ｆｕｌｌ Žluťoučký Z\u030cluťoučký", ["full", "žluťoučký", "žluťoučký"]),
-        ("हिन्दी में ☃", ["हिन्दी", "में", "☃"]),
-        ("zero\u200bwidth \ud800", ["zero", "width"]),
-        ("", []),
-    ],
-)
-def test_words(caption, words):
-    assert text_hash.words(caption) == words
-
-
-def test_hash_tokens_are_words_hashes_cut_and_padded():
-    tokens = text.tokenizer(HASH)(["One, two", "one two three four five six seven", ""])
-    # BLAKE2b of the words, independent of machine and process.
-    one, comma, two = -3957126355335908812, 3412811877100037126, 218224992319827701
-    assert tokens["t5"].dtype == tokens["clip"].dtype == np.int64
-    assert tokens["t5"][0].tolist() == [one, comma, two, 0, 0, 0]
-    assert tokens["clip"][0].tolist() == [one, comma, two, 0]
-    assert tokens["t5"][1].tolist()[:2] == [one, two] and 0 not in tokens["t5"][1]
-    assert np.array_equal(tokens["clip"][1], tokens["t5"][1, :4])
-    assert not tokens["t5"][2].any() and not tokens["clip"][2].any()
-
-
-def test_hash_encoding_is_its_definition():
-    tokens = text.tokenizer(HASH)(["a digit", "", "a a b c d"])
-    txt, y = text.encode({}, HASH, tokens)
-    assert txt.shape == (3, 6, 4096) and y.shape == (3, 768) and txt.dtype == y.dtype == torch.float32
-    for row in range(3):
-        for at, token in enumerate(tokens["t5"][row].tolist()):
-            expected = random.normal(token, "text.t5", 0, (4096,)) if token else np.zeros(4096)
-            np.testing.assert_array_equal(txt[row, at], expected)
-        pooled = [random.normal(token, "text.clip", 0, (768,)) for token in tokens["clip"][row].tolist() if token]
-        expected = np.sum(pooled, axis=0, dtype=np.float64) / np.sqrt(len(pooled)) if pooled else np.zeros(768)
-        np.testing.assert_allclose(y[row], expected, rtol=0, atol=1e-6)
-
-
-def test_hash_vectors_are_pinned():
-    # Weights trained on these vectors stay usable only while the vectors stay.
-    txt, y = text.encode({}, HASH, text.tokenizer(HASH)(["three"]))
-    np.testing.assert_allclose(txt[0, 0, :3], [-1.479428, -1.342207, -1.566893], rtol=0, atol=1e-6)
-    np.testing.assert_allclose(y[0, :3], [1.402706, -0.239251, -0.284940], rtol=0, atol=1e-6)
-
-
-def test_hash_takes_torch_tokens_and_gives_the_type_asked_for():
-    cfg = dataclasses.replace(HASH, context_dim=8, vec_dim=4)
-    tokens = text.tokenizer(cfg)(["one two"])
-    expected = text.encode({}, cfg, tokens)
-    asked = text.encode({}, cfg, {name: torch.from_numpy(ids) for name, ids in tokens.items()}, dtype=torch.bfloat16)
-    for value, exact in zip(asked, expected, strict=True):
-        assert value.dtype == torch.bfloat16 and torch.equal(value, exact.bfloat16()) and not value.requires_grad
-    assert text.widths(cfg) == (8, 4) and text.load(cfg) == {}
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.lists(st.text(st.characters(categories=["Ll", "Nd"]), min_size=1, max_size=8), min_size=2, max_size=6))
-def test_different_words_are_nearly_orthogonal(candidates):
-    distinct = sorted({word for candidate in candidates for word in text_hash.words(candidate)})
-    cfg = dataclasses.replace(HASH, max_length=64, clip_length=64)
-    txt, _ = text.encode({}, cfg, text.tokenizer(cfg)([" ".join(distinct)]))
-    vectors = txt[0, : len(distinct)]
-    cosines = torch.nn.functional.normalize(vectors, dim=1) @ torch.nn.functional.normalize(vectors, dim=1).T
-    assert float(vectors.std(dim=1).min()) > 0.9
-    # Six standard deviations of 1/sqrt(4096).
-    assert float((cosines - torch.eye(len(distinct))).abs().max()) < 6 / 64
-
-
 def test_tokenizers_cross_into_spawned_processes(hf):
     tokenizers = [text.tokenizer(HASH), text.tokenizer(hf)]
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -121,9 +37,6 @@ def test_tokenizers_cross_into_spawned_processes(hf):
         here = tokenize(CAPTIONS)
         assert all(np.array_equal(here[name], there[name]) for name in ("t5", "clip"))
     assert all(len(pickle.dumps(tokenize)) > 0 for tokenize in tokenizers)
-
-
-# hf
 
 
 def transformers_own(folder, dtype=torch.float32):
@@ -239,94 +152,30 @@ def test_hf_from_the_hubs_cache(folder, hf, tmp_path, monkeypatch):
     assert all(torch.equal(leaf, flat[path]) for path, leaf in tree.flatten(text.load(hf)).items())
 
 
-# hf: what is wrong with a folder
+# T5's stages.
 
 
-def message(call, *arguments):
-    with pytest.raises(ValueError) as caught:
-        call(*arguments)
-    assert "\n" not in str(caught.value) and str(caught.value).startswith("text.path is '")
-    return str(caught.value)
+def test_stages_are_run_as_they_are_wrapped(hf):
+    params, tokens, seen = text.load(hf), text.tokenizer(hf)(CAPTIONS), []
+
+    def wrap_stage(stage, path):
+        def run(part, carry, const):
+            seen.append((path, part is text.select(params["t5"], path)))
+            return stage(part, carry, const)
+
+        return run
+
+    for found, expected in zip(
+        text.encode(params, hf, tokens, wrap_stage=wrap_stage), text.encode(params, hf, tokens), strict=True
+    ):
+        assert torch.equal(found, expected)
+    assert seen == [(path, True) for path, _ in text.t5_chain(hf)]
 
 
-def test_no_such_folder(tmp_path):
-    for path in ("", str(tmp_path / "none"), "someone/not-here"):
-        cfg = TextConfig(kind="hf", path=path)
-        for call in (text.load, text.tokenizer, text.widths):
-            assert f"text.path is {path!r}: there is no such folder" in message(call, cfg)
-
-
-@pytest.mark.parametrize(
-    ("missing", "call", "said"),
-    [
-        ("text_encoder/config.json", text.load, "text_encoder/config.json is missing"),
-        ("text_encoder_2/config.json", text.widths, "text_encoder_2/config.json is missing"),
-        ("tokenizer/tokenizer_config.json", text.tokenizer, "tokenizer/tokenizer_config.json is missing"),
-        ("tokenizer_2/tokenizer_config.json", text.tokenizer, "tokenizer_2/tokenizer_config.json is missing"),
-        ("tokenizer_2/tokenizer.json", text.tokenizer, "or tokenizer_2/spiece.model is missing"),
-        ("tokenizer/vocab.json", text.tokenizer, "tokenizer/tokenizer.json or tokenizer/vocab.json is missing"),
-        ("tokenizer/merges.txt", text.tokenizer, "tokenizer cannot be read"),
-        ("text_encoder_2/model.safetensors", text.load, "text_encoder_2 cannot be read"),
-    ],
-)
-def test_missing_files_are_named(copy, missing, call, said):
-    folder, cfg = copy
-    (folder / missing).unlink()
-    assert said in message(call, cfg)
-
-
-def test_broken_files_are_named(copy):
-    folder, cfg = copy
-    weights = folder / "text_encoder" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    assert "text_encoder cannot be read" in message(text.load, cfg)
-    (folder / "text_encoder_2" / "config.json").write_text("{")
-    assert "text_encoder_2/config.json cannot be read" in message(text.load, cfg)
-    (folder / "tokenizer_2" / "tokenizer.json").write_text("{")
-    assert "tokenizer_2 cannot be read" in message(text.tokenizer, cfg)
-
-
-def test_weights_that_lack_tensors_or_shapes_are_refused(copy):
-    from safetensors.torch import load_file, save_file
-
-    folder, cfg = copy
-    path = folder / "text_encoder_2" / "model.safetensors"
-    flat = load_file(path)
-    name = "encoder.block.1.layer.1.DenseReluDense.wo.weight"
-    save_file({key: leaf for key, leaf in flat.items() if key != name}, path, metadata={"format": "pt"})
-    assert f"text_encoder_2 lacks 1 tensors of the shape config.json gives, such as {name}" in message(text.load, cfg)
-    save_file({**flat, name: torch.zeros(3, 3)}, path, metadata={"format": "pt"})
-    assert f"text_encoder_2 lacks 1 tensors of the shape config.json gives, such as {name}" in message(text.load, cfg)
-
-
-@pytest.mark.parametrize(("name", "field"), [("text_encoder_2", "num_layers"), ("text_encoder", "num_hidden_layers")])
-def test_layers_beyond_the_configuration_are_not_dropped(copy, name, field):
-    folder, cfg = copy
-    path = folder / name / "config.json"
-    saved = json.loads(path.read_text())
-    path.write_text(json.dumps(saved | {field: saved[field] - 1}))
-    said = message(text.load, cfg)
-    assert f"{name} holds " in said and "tensors of layers beyond those config.json gives, such as encoder." in said
-
-
-def test_models_in_each_others_place_are_refused(copy):
-    folder, cfg = copy
-    shutil.rmtree(folder / "text_encoder_2")
-    shutil.copytree(folder / "text_encoder", folder / "text_encoder_2")
-    said = "model_type in text_encoder_2/config.json is 'clip_text_model', not 't5'"
-    assert said in message(text.load, cfg) and said in message(text.widths, cfg)
-
-
-def test_pickles_are_never_opened(copy):
-    folder, cfg = copy
-    for name in ("text_encoder_2/pytorch_model.bin", "text_encoder/pytorch_model.bin"):
-        (folder / name).write_bytes(b"\x80\x04.")  # beside safetensors it is not looked at
-    text.load(cfg)
-    (folder / "text_encoder_2/model.safetensors").unlink()
-    said = "text_encoder_2/pytorch_model.bin is a pickle, and never opened (T5EncoderModel.from_pretrained(...).save_"
-    assert said in message(text.load, cfg)
-
-
-def test_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="'bert' should be 'hash' or 'hf'"):
-        TextConfig(kind="bert")
+def test_t5_is_what_is_kept_of_it(hf):
+    whole, abstract = tree.flatten(text.load(hf)), tree.flatten(text.abstract(hf, torch.bfloat16))
+    kept = tree.flatten(text.load(hf, read=lambda path, rows: rows(1, 2).double()))
+    assert abstract.keys() == kept.keys() == whole.keys()
+    for path, leaf in whole.items():
+        assert abstract[path].shape == leaf.shape and abstract[path].is_meta and abstract[path].dtype == torch.bfloat16
+        assert torch.equal(kept[path], leaf[1:2].double() if path.startswith("t5.") else leaf)

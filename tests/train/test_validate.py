@@ -161,6 +161,11 @@ def test_processes_of_any_mesh_find_what_one_finds():
         assert bool(sent) == (sizes["shard"] * sizes["context"] > 1)
 
 
+def test_data_that_fail_one_process_end_them_all():
+    one, other = ranks.run(2, rank_sampling.interrupted)
+    assert one == other and one.startswith("data.path is 'there': is gone (on rank 1 of 2, which is on ")
+
+
 @given(st.integers(1, 200), st.integers(1, 16), st.integers(1, 32))
 @settings(max_examples=60, deadline=None)
 def test_a_pass_has_no_more_samples_than_asked_for_and_all_processes_some_where_they_can(samples, batch_size, count):

@@ -1,0 +1,108 @@
+"""One training step on each process of a mesh, counted: what a plan is held against."""
+
+import weakref
+from collections import Counter
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import torch
+
+from flux_func import tree
+from flux_func.models.layers import Params
+from flux_func.parallel import mesh, placements, trace
+from flux_func.parallel.meter import Meter, Send
+from flux_func.parallel.sharding import Select, Sharding
+from flux_func.train import encoders, layout, optimizer, state, step
+from tests.helpers import tiny_run
+
+# 16 image tokens and 8 of text.
+FIELDS = {"train.batch_size": 16, "data.image_size": 64, "text.max_length": 8}
+CPU = torch.device("cpu")
+
+
+def config(sizes: dict[str, int], given: dict[str, Any]) -> Any:
+    """Returns the config of a tiny run on a mesh."""
+    return tiny_run.config({**FIELDS, **{f"parallel.{axis}": size for axis, size in sizes.items()}, **given})
+
+
+@dataclass(frozen=True)
+class Counting(Sharding):
+    """A sharding that counts the stages whose whole parameters are there, or on their way."""
+
+    alive: list[int] = field(default_factory=lambda: [0, 0])
+
+    def start_gather(self, select: Select, params: Params) -> Any:
+        """Counts one more until the last of what is handed out is gone."""
+        self.alive[0] += 1
+        self.alive[1] = max(self.alive)
+        finish = super().start_gather(select, params)
+
+        def counted() -> Params:
+            whole = finish()
+            leaves = tree.leaves(whole)
+            left = [len(leaves)]
+            for leaf in leaves:
+                weakref.finalize(leaf.untyped_storage(), self._gone, left)
+            return whole
+
+        return counted
+
+    def _gone(self, left: list[int]) -> None:
+        left[0] -= 1
+        self.alive[0] -= not left[0]
+
+
+def count(rank: int, cases: list[tuple[dict[str, int], dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Returns for each (sizes, fields of the config) what a step took: state, working, sent, stages."""
+    del rank
+    return [_count(config(*case)) for case in cases]
+
+
+def _count(made: Any) -> dict[str, Any]:
+    cfg, chosen = state.model_config(made), optimizer.from_config(made)
+    over = mesh.build(made.parallel)
+    sharding = layout.build(made, cfg, chosen, over, CPU)
+    sharding = Counting(**{f.name: getattr(sharding, f.name) for f in fields(Sharding)})
+    current = state.create(made, cfg, chosen, CPU, sharding=sharding)
+    size = made.train.batch_size // over.size(sharding.batch_axes)
+    side, micro = made.data.image_size // 8, size // made.train.accumulate
+    batch = {
+        "position": np.arange(size),
+        "uniform": np.linspace(0, 1, size),
+        "noise": np.ones((size, 16, side, side), np.float32),
+        "image": np.zeros((size, 3, 8, 8), np.float32),
+        "t5_tokens": np.zeros((size, 1), np.int64),
+        "clip_tokens": np.zeros((size, 1), np.int64),
+    }
+    codec = encoders.Encoders(
+        tokenize=None,
+        encode_text=lambda _: (torch.ones(micro, made.text.max_length, cfg.context_in_dim), torch.ones(micro, 768)),
+        encode_image=lambda images, noise: torch.ones(micro, 16, side, side),
+        decode=None,
+        posterior_noise=False,
+    )
+    meter, names = Meter(), trace.group_names(over)
+    with meter:
+        step.train_step(
+            current,
+            batch,
+            0,
+            cfg=cfg,
+            config=made,
+            encoders=codec,
+            optimizer=chosen,
+            device=CPU,
+            sharding=sharding,
+            ops=layout.ops(made, cfg, sharding),
+        )
+    sent: Counter = Counter()
+    for event in meter.events:
+        if isinstance(event, Send):
+            sent[event.kind, names[event.group]] += event.sent
+    return {
+        "state": sum(leaf.nbytes for leaf in tree.leaves(placements.shards(current))),
+        "working": meter.peak,
+        "sent": dict(sent),
+        "stages": sharding.alive[1],
+    }
