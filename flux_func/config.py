@@ -102,7 +102,7 @@ def default() -> ml_collections.ConfigDict:
         every=0,  # steps; 0: never
         split="validation",  # "validation" or "train"
         samples=64,  # samples per validation
-        batch_size=8,  # samples per forward pass
+        batch_size=8,  # samples per forward pass of a process
         all_timesteps=False,  # each sample at all 8 timesteps; False: at one of them in turn
         convention="start",  # t = i/8 ("start") or (i + 1/2)/8 ("middle"), i = 0..7
         images=0,  # images drawn from the split's own captions after each validation

@@ -93,14 +93,20 @@ def test_what_does_not_fit_is_said_and_is_the_exit_code(capfd):
         (("--mesh=shard=-1",), "--mesh is 'shard=-1': -1 is what is left of --processes"),
         (("--mesh=shard=0",), "parallel.shard is 0: should be at least 1"),
         (("--mesh=shard=3", "--processes=8"), "does not make up the 8 processes there are; would: "),
-        (("--mesh=shard=4", "--config.train.batch_size=6"), "train.batch_size is 6: does not divide into 1 micro-batches"),
+        (
+            ("--mesh=shard=4", "--config.train.batch_size=6"),
+            "train.batch_size is 6: does not divide into 1 micro-batches",
+        ),
         (("--mesh=shard=8", "--device=h20"), "--device is 'h20': did you mean 'h200'? should be one of"),
         (("--mesh=shard=8", "--node=0"), "--node is 0: should be at least 1"),
         (("--mesh=shard=8", "--network_gbps=0"), "--network_gbps is 0.0: should be above 0"),
         (("--processes=0",), "--processes is 0: should be at least 1"),
         (("--mesh=context=16",), "parallel.context is 16: does not divide"),
         (("--mesh=shard=2", "--config.remat.policy=some"), "remat.policy is 'some'"),
-        (("--mesh=shard=8", "--json=/nowhere/plan.json"), "--json is '/nowhere/plan.json': there is no folder /nowhere"),
+        (
+            ("--mesh=shard=8", "--json=/nowhere/plan.json"),
+            "--json is '/nowhere/plan.json': there is no folder /nowhere",
+        ),
     ],
 )
 def test_bad_input_is_one_line(capfd, tmp_path, args, line):

@@ -70,7 +70,7 @@ def _gathers(split: Sharding, local: Params, visits: dict[str, Select], device: 
     known, found = {}, {}
     with Meter(device) as meter:
         for path, select in visits.items():
-            kind = tuple(tree.flatten(select(local)))
+            kind = _kind(select(local))
             if kind not in known:
                 finish, start = meter.cost(split.start_gather, select, local)
                 known[kind] = {"start": start, "gather": meter.cost(finish)[1]}
@@ -93,7 +93,7 @@ def _computing(
 
     def wrap_stage(stage: text.Stage, path: str) -> text.Stage:
         def run(part: Params, carry: dict, const: dict) -> dict:
-            kind, out = (*tree.flatten(part), *carry), carry
+            kind, out = (*_kind(part), *carry), carry
             # A block gives what the next one takes, so that one of a kind is enough.
             if kind not in known:
                 out, cost = meter.cost(stage, part, carry, const)
@@ -116,6 +116,10 @@ def _computing(
         (_, cost) = meter.cost(autoencoder.encode, params, image_cfg, images)
         rest.append(Cost(0, images.nbytes + cost.peak, cost.events))
     return stages, rest
+
+
+def _kind(part: Params) -> tuple:
+    return tuple((path, *leaf.shape) for path, leaf in tree.flatten(part).items())
 
 
 def _tokens(count: int, length: int) -> Tensor:

@@ -35,11 +35,10 @@ def assert_same(workdir, unbroken):
         assert loss == pytest.approx(loss_1, rel=1e-6) and norm == pytest.approx(norm_1, rel=1e-5), step
 
 
-@pytest.mark.parametrize("shard", [1, 2])
-def test_a_killed_rank_comes_back_with_the_others(tmp_path, unbroken, shard):
+def test_a_killed_rank_comes_back_with_the_others(tmp_path, unbroken):
     workdir, logs = tmp_path / "run", tmp_path / "logs"
     command = launch.options(logs, 2, "--standalone", "--max-restarts=2")
-    process = launch.begin([*command, *program(workdir, **{"parallel.shard": shard})])
+    process = launch.begin([*command, *program(workdir, **{"parallel.shard": 2})])
     launch.wait_until(process, logs, "step 6/")  # the checkpoint of step 4 may be under way
     launch.kill(process, 1)
     done = launch.end(process, logs)
@@ -59,7 +58,7 @@ def test_a_lost_node_leaves_half_the_replicas_which_go_on(tmp_path, unbroken):
         nodes.append(launch.begin(command, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"))  # docs/scaling.md says why
         if name == "a":
             launch.wait_for_listener(end)  # this node keeps the store, and is to survive
-    launch.wait_until(nodes[0], tmp_path, "step 6/")  # on whichever node rank 0 is
+    launch.wait_until(nodes[0], tmp_path, r"replicate=2[\s\S]*step 6/")  # on whichever node rank 0 is
     [rank] = launch.ranks_of(nodes[1])
     for pid in (nodes[1].pid, rank):
         os.kill(pid, signal.SIGKILL)

@@ -13,7 +13,9 @@ SIZES = {"replicate": 2, "shard": 4, "context": 1}
 
 
 def measured(fields=None, sizes=SIZES):
-    problem = plan_main.pose(rank_plan.config(sizes, fields or {}), plan.Planned(sizes), torch.device("meta"))
+    problem = plan_main.pose(
+        plan_main.prepare(rank_plan.config(sizes, fields or {})), plan.Planned(sizes), torch.device("meta")
+    )
     meter = Meter(devices.DEVICES["h100"])
     return problem, costs.measure(problem, plan.parts(problem.state, problem.sharding.mesh)["params"], meter, {})
 

@@ -32,7 +32,9 @@ def test_a_ring_over_nodes_shares_its_adapters():
     # Eight of the sixteen are in each node: a ring crosses twice, and each device has an adapter.
     both = ("replicate", "shard")
     assert SIXTEEN.crossing("all_gather", both) == 1 / 8
-    assert SIXTEEN.seconds("all_gather", both, 400e9) == pytest.approx(400 / 360 + START + 14 * HOP_INSIDE + HOP_BETWEEN)
+    assert SIXTEEN.seconds("all_gather", both, 400e9) == pytest.approx(
+        400 / 360 + START + 14 * HOP_INSIDE + HOP_BETWEEN
+    )
     slow = Cluster(H100, SIXTEEN.sizes, node=2)
     assert slow.crossing("reduce_scatter", both) == 1 / 2
     assert slow.seconds("reduce_scatter", both, 100e9) == pytest.approx(1 + START + 8 * HOP_INSIDE + 7 * HOP_BETWEEN)

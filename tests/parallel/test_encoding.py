@@ -52,7 +52,8 @@ def test_t5_is_gathered_whole_once(cfg):
 def test_computation_is_that_of_every_stage_and_of_clip(cfg):
     t5 = 4 * (4 * 64 * 64 + 3 * 64 * 128) * 2 * 8 * 2 + 4 * 4 * 8 * 8 * 64 * 2
     clip = 2 * (4 * 32 * 32 + 2 * 32 * 64) * 2 * 77 * 2 + 2 * 4 * 77 * 77 * 32 * 2
-    assert operations(taken(cfg)) == operations(taken(cfg, 4)) == t5 + clip
+    pixels = operations(taken(text.TextConfig()))
+    assert operations(taken(cfg)) == operations(taken(cfg, 4)) == t5 + clip + pixels
 
 
 def test_the_autoencoder_grows_with_the_batch():
