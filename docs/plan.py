@@ -25,7 +25,8 @@ PARTS = {
     "encoders": ("frozen", ("T5", "CLIP", "autoencoder"), "#7f7f7f"),
     "gathered stages": ("at_the_peak", ("gathered",), "#548235"),
     "gradients": ("at_the_peak", ("gradients",), "#c55a11"),
-    "activations": ("at_the_peak", ("activations", "batch", "encoders", "update"), "#ffc000"),
+    "encoding": ("at_the_peak", ("encoders",), "#bfbfbf"),
+    "activations": ("at_the_peak", ("activations", "batch", "update"), "#ffc000"),
 }
 
 

@@ -19,7 +19,7 @@ from ml_collections import config_flags
 
 from flux_func import config as configs
 from flux_func.errors import UserError
-from flux_func.parallel import failures, joining, processes
+from flux_func.launch import failures, joining, processes
 
 # Seconds in which a signal that comes again is the same one: a scheduler sends it, and the launcher passes it on.
 SAME_SIGNAL = 5

@@ -16,7 +16,7 @@ import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 import torch
@@ -61,13 +61,14 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--json is {given.json!r}: there is no folder {Path(given.json).parent}; make it first")
     with complete(given.config) as config:
         configs.validate(config)
-        cases, refused = plan_all(config, chosen, device, given.node)
+        asked = prepare(config)
+        cases, refused = plan_all(asked, chosen, device, given.node)
         best = cases[0]
         if len(chosen) > 1:
             print(plan_report.comparison(cases, refused))
-        print(describe(config, best))
+        print(describe(asked, best))
         print(plan_report.details(best))
-        found = trace_of(config, best) if given.trace else None
+        found = trace_of(asked, best) if given.trace else None
         if found:
             print(plan_report.against(found))
     if given.json:
@@ -133,8 +134,24 @@ def complete(config: ml_collections.ConfigDict) -> Iterator[ml_collections.Confi
 # Plans.
 
 
+class Asked(NamedTuple):
+    """A run: its config, and what follows from that on any mesh."""
+
+    config: ml_collections.ConfigDict
+    cfg: flux.FluxConfig
+    optimizer: optimizer.Optimizer
+    shapes: dict
+
+
+def prepare(config: ml_collections.ConfigDict) -> Asked:
+    """Returns what a config asks for; UserError where that cannot be."""
+    path, chosen = config.model.weights, optimizer.from_config(config)
+    cfg = state.model_config(config, state.find_weights(path, "transformer", "model.weights") if path else None)
+    return Asked(config, cfg, chosen, state.abstract(config, cfg, chosen))
+
+
 def plan_all(
-    config: ml_collections.ConfigDict, chosen: list[dict[str, int]], device: devices.Device, node: int
+    asked: Asked, chosen: list[dict[str, int]], device: devices.Device, node: int
 ) -> tuple[list[Case], list[tuple[dict[str, int], str]]]:
     """Returns what each mesh takes, the cheapest that fits first, and the meshes that cannot be, with the reason.
 
@@ -146,7 +163,7 @@ def plan_all(
     cases, refused, known = [], [], {}
     for sizes in tqdm(chosen, desc="meshes", disable=len(chosen) < 2):
         try:
-            cases.append(plan_one(config, sizes, devices.Cluster(device, sizes, node), known))
+            cases.append(plan_one(asked, sizes, devices.Cluster(device, sizes, node), known))
         except UserError as error:
             refused.append((sizes, str(error)))
     if not cases:
@@ -154,22 +171,21 @@ def plan_all(
     return sorted(cases, key=lambda case: (not case.fits, case.plan.seconds, case.plan.peak)), refused
 
 
-def plan_one(
-    config: ml_collections.ConfigDict, sizes: Mapping[str, int], cluster: devices.Cluster, known: dict
-) -> Case:
+def plan_one(asked: Asked, sizes: Mapping[str, int], cluster: devices.Cluster, known: dict) -> Case:
     """Returns what a mesh takes, with what is `known` of others; UserError where it cannot be."""
-    problem = pose(config, plan.Planned(sizes), torch.device("meta"))
+    config, problem = asked.config, pose(asked, plan.Planned(sizes), torch.device("meta"))
     encoded = encoders_of(config, problem, cluster.device)
     found = plan.predict(dataclasses.replace(problem, **encoded), cluster, known)
     tokens = ((config.data.image_size // 16) ** 2, config.text.max_length)
-    asked = flops.training_flops(problem.cfg, *tokens) * config.train.batch_size
-    return Case(cluster, found, config.train.batch_size, asked)
+    operations = flops.training_flops(asked.cfg, *tokens) * config.train.batch_size
+    return Case(cluster, found, config.train.batch_size, operations)
 
 
-def pose(config: ml_collections.ConfigDict, over: mesh.Mesh, device: torch.device) -> plan.Problem:
-    """Returns a step of the config's run over a mesh, without its encoders."""
-    cfg, opt = model(config), optimizer.from_config(config)
-    split = layout.build(config, cfg, opt, over, device)
+def pose(asked: Asked, over: mesh.Mesh, device: torch.device) -> plan.Problem:
+    """Returns a step of a run over a mesh, without its encoders; UserError where the mesh cannot be."""
+    config, cfg, opt, shapes = asked
+    # Of a state in the host's memory the gradients stay where they are: nothing can be copied off the meta device.
+    split = dataclasses.replace(layout.build(config, cfg, opt, over, device), home=device)
     count = config.train.batch_size // over.size(split.batch_axes) // config.train.accumulate
     update = functools.partial(
         steps.apply, loss=torch.zeros((), device="meta"), step=0, config=config, optimizer=opt, sharding=split
@@ -177,7 +193,7 @@ def pose(config: ml_collections.ConfigDict, over: mesh.Mesh, device: torch.devic
     return plan.Problem(
         cfg=cfg,
         sharding=split,
-        state=state.placement(state.abstract(config, cfg, opt), split),
+        state=state.placement(shapes, split),
         batch=batch(config, cfg, count),
         ops=layout.ops(config, cfg, split),
         remat=config.remat.policy,
@@ -185,12 +201,6 @@ def pose(config: ml_collections.ConfigDict, over: mesh.Mesh, device: torch.devic
         update=update,
         offload=config.parallel.offload,
     )
-
-
-def model(config: ml_collections.ConfigDict) -> flux.FluxConfig:
-    """Returns the model that the config names."""
-    path = config.model.weights
-    return state.model_config(config, state.find_weights(path, "transformer", "model.weights") if path else None)
 
 
 def batch(config: ml_collections.ConfigDict, cfg: flux.FluxConfig, count: int) -> dict[str, torch.Tensor]:
@@ -222,21 +232,21 @@ def encoders_of(config: ml_collections.ConfigDict, problem: plan.Problem, device
         raise UserError(str(error)) from error
 
 
-def trace_of(config: ml_collections.ConfigDict, case: Case) -> tuple[plan.Plan, trace.Trace]:
+def trace_of(asked: Asked, case: Case) -> tuple[plan.Plan, trace.Trace]:
     """Returns the plan of a mesh without encoders, and what the fold did on it."""
-    planned = pose(config, plan.Planned(case.cluster.sizes), torch.device("meta"))
+    planned = pose(asked, plan.Planned(case.cluster.sizes), torch.device("meta"))
     with trace.processes(case.cluster.sizes) as over:
-        found = trace.trace(pose(config, over, torch.device("cpu")))
+        found = trace.trace(pose(asked, over, torch.device("cpu")))
     return plan.predict(planned, case.cluster), found
 
 
 # What is said.
 
 
-def describe(config: ml_collections.ConfigDict, case: Case) -> str:
+def describe(asked: Asked, case: Case) -> str:
     """Returns what is planned for, and the table of its placements."""
-    over = plan.Planned(case.cluster.sizes)
-    problem = pose(config, over, torch.device("meta"))
+    config, over = asked.config, plan.Planned(case.cluster.sizes)
+    problem = pose(asked, over, torch.device("meta"))
     tokens = (config.data.image_size // 16) ** 2 + config.text.max_length
     micro = len(problem.batch["latents"])
     lines = [

@@ -33,10 +33,11 @@ from flux_func import cli, tree
 from flux_func import config as configs
 from flux_func.data import images as pictures
 from flux_func.errors import UserError
+from flux_func.launch import processes
 from flux_func.models import flux
 from flux_func.models.layers import Params
 from flux_func.parallel import mesh as meshes
-from flux_func.parallel import placements, processes
+from flux_func.parallel import placements
 from flux_func.parallel.mesh import ONE, Mesh
 from flux_func.parallel.sharding import Sharding
 from flux_func.train import encoders, generate, origin

@@ -29,7 +29,7 @@ def run() -> None:
 def main(argv: list[str]) -> None:
     """Trains as the flags say."""
     del argv
-    from flux_func.parallel import processes
+    from flux_func.launch import processes
     from flux_func.train import loop
 
     stop, device = cli.stop_requested(), cli.choose_device(flags.FLAGS.device)

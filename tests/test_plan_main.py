@@ -78,6 +78,17 @@ def test_what_is_left_of_the_processes(capfd):
     assert "replicate=2 x shard=4 x context=1" in capfd.readouterr().out
 
 
+def test_state_in_the_host_s_memory_is_not_the_device_s(tmp_path, capfd):
+    found = []
+    for offload in (False, True):
+        out = tmp_path / f"{offload}.json"
+        planned(*TINY, "--mesh=shard=2", f"--config.parallel.offload={offload}", f"--json={out}")
+        found.append(json.loads(out.read_text())["plans"][0]["bytes"])
+    assert found[0]["state"] == found[1]["state"]
+    assert found[0]["in_all"] - found[1]["in_all"] == sum(found[0]["state"].values())
+    assert "moments (in the host's memory)" in capfd.readouterr().out
+
+
 def test_what_does_not_fit_is_said_and_is_the_exit_code(capfd):
     big = ("--config=configs/flux_dev.py", "--config.text.kind=hash", "--config.autoencoder.kind=dct")
     planned(*big, "--mesh=replicate=2", "--config.train.batch_size=4", "--device=h100", code=1)

@@ -25,9 +25,9 @@ from flux_func.errors import UserError
 from flux_func.interop import arrays, orbax
 from flux_func.interop.orbax import find, steps
 from flux_func.interop.stored import cast, to_json
+from flux_func.launch import processes
 from flux_func.models.flux import FluxConfig
 from flux_func.parallel import placements as layouts
-from flux_func.parallel import processes
 from flux_func.parallel.mesh import ONE, Mesh
 from flux_func.parallel.placements import Placement
 from flux_func.train import meeting

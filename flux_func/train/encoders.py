@@ -12,9 +12,10 @@ from torch import Tensor
 
 from flux_func import tree
 from flux_func.errors import UserError
+from flux_func.launch import processes
 from flux_func.models import autoencoder, text, text_files
 from flux_func.models.flux import FluxConfig
-from flux_func.parallel import placements, processes, sharding
+from flux_func.parallel import placements, sharding
 from flux_func.parallel.mesh import ONE, Mesh
 from flux_func.parallel.sharding import Sharding
 from flux_func.train.state import DTYPES, find_weights

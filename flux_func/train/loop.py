@@ -18,10 +18,11 @@ from flux_func.data import images as pictures
 from flux_func.data import pipeline, sources
 from flux_func.errors import UserError
 from flux_func.interop.stored import Stored
+from flux_func.launch import processes
 from flux_func.models import flops, flux
 from flux_func.models.layers import Ops
 from flux_func.parallel import mesh as meshes
-from flux_func.parallel import placements, processes
+from flux_func.parallel import placements
 from flux_func.parallel.mesh import ONE, Mesh
 from flux_func.parallel.sharding import Sharding
 from flux_func.train import checkpoint, encoders, generate, layout, metrics, optimizer, state, validate

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from flux_func.errors import UserError
 from flux_func.interop import arrays
-from flux_func.parallel import processes
+from flux_func.launch import processes
 
 # Seconds that processes may take to find each other, and between two looks at whether the others are there.
 JOIN_SECONDS = 60

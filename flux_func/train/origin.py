@@ -14,9 +14,10 @@ from flux_func import config as configs
 from flux_func import tree
 from flux_func.errors import UserError
 from flux_func.interop import pipelines
+from flux_func.launch import processes
 from flux_func.models import flux
 from flux_func.models.layers import Params
-from flux_func.parallel import placements, processes
+from flux_func.parallel import placements
 from flux_func.parallel.mesh import ONE, Mesh
 from flux_func.parallel.sharding import ONE_PROCESS, Sharding
 from flux_func.train import checkpoint, encoders, state

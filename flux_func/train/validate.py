@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from flux_func.flow import path
+from flux_func.launch import processes
 from flux_func.models import flux
 from flux_func.models.layers import Params, at_least_float32
-from flux_func.parallel import processes
 from flux_func.parallel.mesh import ONE, Mesh
 from flux_func.parallel.sharding import ONE_PROCESS, Sharding, gathering
 from flux_func.train import step as steps

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     import torch.distributed as dist
     from tqdm import tqdm
 
-    from flux_func.parallel import processes
+    from flux_func.launch import processes
 
     stop = cli.stop_requested()
     processes.start(torch.device("cpu"))
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
 
 def fail(rank: int) -> None:
     """Does what --fails says, on the rank that --rank says."""
-    from flux_func.parallel import processes
+    from flux_func.launch import processes
 
     here = flags.FLAGS.rank in (rank, -1)
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) <= flags.FLAGS.restarts
@@ -92,7 +92,7 @@ def agreements(rank: int, port: str) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from flux_func.parallel import processes
+    from flux_func.launch import processes
 
     count = dist.get_world_size()
     dist.destroy_process_group()
@@ -113,7 +113,7 @@ def agreements(rank: int, port: str) -> dict[str, Any]:
 
 
 def _missing(line: str) -> None:
-    from flux_func.parallel import processes
+    from flux_func.launch import processes
 
     with processes.together():
         if line:

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import itertools
 
 import pytest
 import torch
@@ -18,7 +17,10 @@ FSDP, HSDP = {"replicate": 1, "shard": 4, "context": 1}, {"replicate": 2, "shard
 DDP, CP = {"replicate": 2, "shard": 1, "context": 1}, {"replicate": 1, "shard": 1, "context": 2}
 FULL, TWICE = {"remat.policy": "full"}, {"train.accumulate": 2}
 LOW = {"numerics.compute": "bfloat16", "numerics.reduce": "float32"}
-AHEAD, ZERO = {"parallel.prefetch": 2}, {"parallel.params": (("*", {}),), "parallel.moments": (("*", {"replicate": 0}),)}
+AHEAD, ZERO = (
+    {"parallel.prefetch": 2},
+    {"parallel.params": (("*", {}),), "parallel.moments": (("*", {"replicate": 0}),)},
+)
 BY_FOUR = [(FSDP, {}), (FSDP, FULL), (FSDP, TWICE), (FSDP, {**FULL, **TWICE}), (FSDP, {**FULL, **LOW, **TWICE})]
 BY_FOUR += [(FSDP, {**FULL, **AHEAD}), (HSDP, {}), (HSDP, {**FULL, **TWICE})]
 BY_TWO = [(DDP, {}), (DDP, {**FULL, **TWICE}), (DDP, ZERO), *((CP, {"parallel.attention": kind, **FULL}) for kind in
@@ -34,7 +36,9 @@ def measured(world):
 
 
 def posed(sizes, fields, mesh=None, device="meta"):
-    return plan_main.pose(rank_plan.config(sizes, fields), mesh or plan.Planned(sizes), torch.device(device))
+    return plan_main.pose(
+        plan_main.prepare(rank_plan.config(sizes, fields)), mesh or plan.Planned(sizes), torch.device(device)
+    )
 
 
 def predicted(sizes, fields):

@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from flux_func.parallel import joining, processes
+from flux_func.launch import joining, processes
 
 # Seconds that a rank which lost another waits, so that torchrun sees the other one first and takes that for the cause.
 LINGER = 8

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from flux_func.errors import UserError
-from flux_func.parallel import joining
+from flux_func.launch import joining
 
 _joined: list[dist.Store] = []
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from flux_func.errors import UserError
-from flux_func.parallel import joining, processes
+from flux_func.launch import joining, processes
 from tests.helpers import launch, rank_processes, ranks
 
 
