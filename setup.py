@@ -26,6 +26,7 @@ REQUIRES = [
     "scipy>=1.14",
     "sentencepiece>=0.2",
     "tensorboard>=2.19",
+    "tensorstore>=0.1.84",  # what Orbax writes by: a part of a leaf is read through it
     "torch>=2.11,<2.14",
     "tqdm>=4.67",
     "transformers>=5.23",

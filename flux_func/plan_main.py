@@ -1,6 +1,6 @@
 """Says what a run will take before anything is rented: memory, communication, time, and the mesh that is cheapest.
 
-    plan_main --config=configs/flux_dev.py --mesh=replicate=16,shard=64 --device=h200
+    plan_main --config=configs/flux_dev.py --mesh=replicate=16,shard=64 --device=h200 --config.train.batch_size=4096
     plan_main --config=configs/flux_dev.py --processes=64 --device=h100 --config.remat.policy=none
     plan_main --config=configs/flux_dev.py --mesh=shard=8 --trace --json=plan.json
 
@@ -27,8 +27,9 @@ from flux_func import cli
 from flux_func import config as configs
 from flux_func.errors import UserError
 from flux_func.models import autoencoder, flops, flux
-from flux_func.parallel import devices, encoding, mesh, plan, plan_report, trace
-from flux_func.parallel.plan_report import Case
+from flux_func.parallel import mesh
+from flux_func.plan import devices, encoding, predict, report, trace
+from flux_func.plan.report import Case
 from flux_func.train import encoders, layout, optimizer, state
 from flux_func.train import step as steps
 
@@ -65,14 +66,14 @@ def main(argv: list[str]) -> int:
         cases, refused = plan_all(asked, chosen, device, given.node)
         best = cases[0]
         if len(chosen) > 1:
-            print(plan_report.comparison(cases, refused))
+            print(report.comparison(cases, refused))
         print(describe(asked, best))
-        print(plan_report.details(best))
+        print(report.details(best))
         found = trace_of(asked, best) if given.trace else None
         if found:
-            print(plan_report.against(found))
+            print(report.against(found))
     if given.json:
-        write(given.json, {"config": config.to_dict(), "plans": [plan_report.to_json(case) for case in cases]})
+        write(given.json, {"config": config.to_dict(), "plans": [report.to_json(case) for case in cases]})
     return 0 if best.fits else 1
 
 
@@ -173,15 +174,15 @@ def plan_all(
 
 def plan_one(asked: Asked, sizes: Mapping[str, int], cluster: devices.Cluster, known: dict) -> Case:
     """Returns what a mesh takes, with what is `known` of others; UserError where it cannot be."""
-    config, problem = asked.config, pose(asked, plan.Planned(sizes), torch.device("meta"))
+    config, problem = asked.config, pose(asked, predict.Planned(sizes), torch.device("meta"))
     encoded = encoders_of(config, problem, cluster.device)
-    found = plan.predict(dataclasses.replace(problem, **encoded), cluster, known)
+    found = predict.predict(dataclasses.replace(problem, **encoded), cluster, known)
     tokens = ((config.data.image_size // 16) ** 2, config.text.max_length)
     operations = flops.training_flops(asked.cfg, *tokens) * config.train.batch_size
     return Case(cluster, found, config.train.batch_size, operations)
 
 
-def pose(asked: Asked, over: mesh.Mesh, device: torch.device) -> plan.Problem:
+def pose(asked: Asked, over: mesh.Mesh, device: torch.device) -> predict.Problem:
     """Returns a step of a run over a mesh, without its encoders; UserError where the mesh cannot be."""
     config, cfg, opt, shapes = asked
     # Of a state in the host's memory the gradients stay where they are: nothing can be copied off the meta device.
@@ -190,7 +191,7 @@ def pose(asked: Asked, over: mesh.Mesh, device: torch.device) -> plan.Problem:
     update = functools.partial(
         steps.apply, loss=torch.zeros((), device="meta"), step=0, config=config, optimizer=opt, sharding=split
     )
-    return plan.Problem(
+    return predict.Problem(
         cfg=cfg,
         sharding=split,
         state=state.placement(shapes, split),
@@ -218,8 +219,8 @@ def batch(config: ml_collections.ConfigDict, cfg: flux.FluxConfig, count: int) -
     }
 
 
-def encoders_of(config: ml_collections.ConfigDict, problem: plan.Problem, device: devices.Device) -> dict[str, Any]:
-    """Returns `plan.Problem`'s fields of the encoders; UserError where they do not serve."""
+def encoders_of(config: ml_collections.ConfigDict, problem: predict.Problem, device: devices.Device) -> dict[str, Any]:
+    """Returns `predict.Problem`'s fields of the encoders; UserError where they do not serve."""
     dtype = state.DTYPES[config.numerics.compute]
     image_cfg = autoencoder.AutoencoderConfig(kind=config.autoencoder.kind)
     try:
@@ -232,12 +233,12 @@ def encoders_of(config: ml_collections.ConfigDict, problem: plan.Problem, device
         raise UserError(str(error)) from error
 
 
-def trace_of(asked: Asked, case: Case) -> tuple[plan.Plan, trace.Trace]:
+def trace_of(asked: Asked, case: Case) -> tuple[predict.Plan, trace.Trace]:
     """Returns the plan of a mesh without encoders, and what the fold did on it."""
-    planned = pose(asked, plan.Planned(case.cluster.sizes), torch.device("meta"))
+    planned = pose(asked, predict.Planned(case.cluster.sizes), torch.device("meta"))
     with trace.processes(case.cluster.sizes) as over:
         found = trace.trace(pose(asked, over, torch.device("cpu")))
-    return plan.predict(planned, case.cluster), found
+    return predict.predict(planned, case.cluster), found
 
 
 # What is said.
@@ -245,7 +246,7 @@ def trace_of(asked: Asked, case: Case) -> tuple[plan.Plan, trace.Trace]:
 
 def describe(asked: Asked, case: Case) -> str:
     """Returns what is planned for, and the table of its placements."""
-    config, over = asked.config, plan.Planned(case.cluster.sizes)
+    config, over = asked.config, predict.Planned(case.cluster.sizes)
     problem = pose(asked, over, torch.device("meta"))
     tokens = (config.data.image_size // 16) ** 2 + config.text.max_length
     micro = len(problem.batch["latents"])

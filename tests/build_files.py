@@ -22,8 +22,13 @@ RULES = ("py_binary", "py_library", "py_test")
 PUBLIC = "//visibility:public"
 HERE_ONLY = "//:__subpackages__"
 # The distribution of an imported name, where they differ.
-DISTRIBUTIONS = {"PIL": "pillow", "absl": "absl_py", "orbax": "orbax_checkpoint", "sklearn": "scikit_learn"}
-DISTRIBUTIONS["yaml"] = "pyyaml"
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "absl": "absl_py",
+    "orbax": "orbax_checkpoint",
+    "sklearn": "scikit_learn",
+    "yaml": "pyyaml",
+}
 # What is installed in an environment of its own (third_party/README.md).
 ELSEWHERE = ("torchtitan",)
 # Folders that are no packages: their modules are imported by their bare names.
@@ -33,27 +38,34 @@ CONFIGS = ("flux_func/train_main.py", "tests/helpers/tiny_run.py", "tests/test_c
 DATA = dict.fromkeys(CONFIGS, ["//configs"])
 DATA["flux_func/parity/process.py"] = ["//flux_func/parity/references", "//flux_func/parity/references:answer"]
 # Tests that read the checkout itself, which Bazel's sandbox does not hold: for pytest alone.
-READ_THE_CHECKOUT = ("tests/test_build.py", "tests/test_docs.py", "tests/test_setup.py")
+READ_THE_CHECKOUT = (
+    "tests/distributed/test_launch_files.py",
+    "tests/test_build.py",
+    "tests/test_docs.py",
+    "tests/test_setup.py",
+)
 # What each layer may import of ours; "main" is every program, "api" is flux_func/__init__.py.
 CORE = {"tree", "random"}
 MODELS = CORE | {"models"}
 SETTINGS = MODELS | {"config", "errors"}
-PARALLEL = MODELS | {"flow", "transforms", "parallel"}
-TRAIN = SETTINGS | PARALLEL | {"data", "interop", "train"}
+PARALLEL = MODELS | {"errors", "flow", "transforms", "parallel"}
+TRAIN = SETTINGS | PARALLEL | {"data", "interop", "launch", "train"}
 LAYERS = {
     **dict.fromkeys(("errors", "tree", "random"), set()),
     "models": MODELS,
     "flow": MODELS | {"flow"},
     "transforms": MODELS | {"transforms"},
+    "launch": {"errors", "launch"},
     "parallel": PARALLEL,
+    "plan": PARALLEL | {"plan"},
     "config": {"errors", "models", "tree"},
     "data": SETTINGS | {"data"},
     "interop": SETTINGS | {"interop"},
     "train": TRAIN,
-    "cli": {"config", "errors"},
+    "cli": {"config", "errors", "launch"},
     "api": TRAIN - {"config", "data"},
     "parity": SETTINGS | PARALLEL | {"interop", "parity"},
-    "main": TRAIN | {"api", "cli", "parity"},
+    "main": TRAIN | {"api", "cli", "parity", "plan"},
 }
 
 

@@ -10,9 +10,10 @@ import torch
 
 from flux_func import tree
 from flux_func.models.layers import Params
-from flux_func.parallel import mesh, placements, trace
-from flux_func.parallel.meter import Meter, Send
+from flux_func.parallel import mesh, placements
 from flux_func.parallel.sharding import Select, Sharding
+from flux_func.plan import trace
+from flux_func.plan.meter import Meter, Send
 from flux_func.train import encoders, layout, optimizer, state, step
 from tests.helpers import tiny_run
 

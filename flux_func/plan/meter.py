@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from flux_func.parallel import collectives
-from flux_func.parallel.devices import Device
+from flux_func.plan.devices import Device
 
 _COLLECTIVES = torch.ops._c10d_functional
 

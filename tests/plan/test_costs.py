@@ -5,8 +5,8 @@ import torch
 
 from flux_func import plan_main, tree
 from flux_func.models import flux
-from flux_func.parallel import costs, devices, plan
-from flux_func.parallel.meter import Meter, Send
+from flux_func.plan import costs, devices, predict
+from flux_func.plan.meter import Meter, Send
 from tests.helpers import rank_plan
 
 SIZES = {"replicate": 2, "shard": 4, "context": 1}
@@ -14,10 +14,10 @@ SIZES = {"replicate": 2, "shard": 4, "context": 1}
 
 def measured(fields=None, sizes=SIZES):
     problem = plan_main.pose(
-        plan_main.prepare(rank_plan.config(sizes, fields or {})), plan.Planned(sizes), torch.device("meta")
+        plan_main.prepare(rank_plan.config(sizes, fields or {})), predict.Planned(sizes), torch.device("meta")
     )
     meter = Meter(devices.DEVICES["h100"])
-    return problem, costs.measure(problem, plan.parts(problem.state, problem.sharding.mesh)["params"], meter, {})
+    return problem, costs.measure(problem, predict.parts(problem.state, problem.sharding.mesh)["params"], meter, {})
 
 
 def test_units_are_stages_with_those_without_parameters_after_them():

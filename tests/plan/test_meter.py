@@ -4,9 +4,9 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flux_func.parallel import collectives
-from flux_func.parallel.devices import DEVICES
-from flux_func.parallel.meter import Compute, Meter, Send, Wait
-from flux_func.parallel.plan import Group
+from flux_func.plan.devices import DEVICES
+from flux_func.plan.meter import Compute, Meter, Send, Wait
+from flux_func.plan.predict import Group
 
 H100 = DEVICES["h100"]
 

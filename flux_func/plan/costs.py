@@ -12,8 +12,8 @@ from flux_func.flow import path
 from flux_func.models import flux
 from flux_func.models.layers import Params
 from flux_func.parallel import fold
-from flux_func.parallel.meter import Cost, Meter
 from flux_func.parallel.sharding import Sharding
+from flux_func.plan.meter import Cost, Meter
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def measure(problem: Any, params: Params, meter: Meter, known: dict) -> Costs:
     """Returns what the parts of a problem take.
 
     Args:
-      problem: see `plan.Problem`.
+      problem: see `predict.Problem`.
       params: what a process has of the parameters, meta tensors.
       known: what computing was found to take, by what it depends on of a mesh; for meshes to come.
       meter: that counts, and is entered here.

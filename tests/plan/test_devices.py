@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from flux_func.parallel.devices import DEVICES, HOP_BETWEEN, HOP_INSIDE, START, Cluster
+from flux_func.plan.devices import DEVICES, HOP_BETWEEN, HOP_INSIDE, START, Cluster
 
 H100 = DEVICES["h100"]
 SIXTEEN = Cluster(H100, {"replicate": 2, "shard": 8, "context": 1})

@@ -11,11 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from flux_func import tree
 from flux_func.models import autoencoder, text
 from flux_func.models.layers import Params
-from flux_func.parallel import schedule, sharding
-from flux_func.parallel.devices import DEVICES, Device
-from flux_func.parallel.meter import Cost, Meter
-from flux_func.parallel.plan import Step, parts
+from flux_func.parallel import sharding
 from flux_func.parallel.sharding import Select, Sharding
+from flux_func.plan import schedule
+from flux_func.plan.devices import DEVICES, Device
+from flux_func.plan.meter import Cost, Meter
+from flux_func.plan.predict import Step, parts
 
 
 def weights(text_cfg: text.TextConfig, image_cfg: autoencoder.AutoencoderConfig, split: Sharding, dtype: torch.dtype):

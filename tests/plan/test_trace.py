@@ -1,8 +1,8 @@
 import pytest
 import torch.distributed as dist
 
-from flux_func.parallel import trace
-from flux_func.parallel.meter import Meter
+from flux_func.plan import trace
+from flux_func.plan.meter import Meter
 
 SIZES = {"replicate": 2, "shard": 4, "context": 3}
 

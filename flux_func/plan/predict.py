@@ -16,12 +16,12 @@ from torch import Tensor
 from flux_func import tree
 from flux_func.models import flux
 from flux_func.models.layers import Ops, Params
-from flux_func.parallel import costs, schedule
-from flux_func.parallel.devices import Cluster
 from flux_func.parallel.mesh import AXES, Mesh
-from flux_func.parallel.meter import Compute, Cost, Meter, Send
 from flux_func.parallel.placements import Placement
 from flux_func.parallel.sharding import Sharding
+from flux_func.plan import costs, schedule
+from flux_func.plan.devices import Cluster
+from flux_func.plan.meter import Compute, Cost, Meter, Send
 
 
 class Group(NamedTuple):

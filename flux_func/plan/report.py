@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flux_func.parallel.devices import RESERVED, Cluster
 from flux_func.parallel.mesh import AXES
-from flux_func.parallel.plan import Plan
-from flux_func.parallel.trace import Trace
+from flux_func.plan.devices import RESERVED, Cluster
+from flux_func.plan.predict import Plan
+from flux_func.plan.trace import Trace
 
 GIB = 2**30
 MEMBERS = {"params": "parameters", "opt": "moments", "ema": "average"}

@@ -6,9 +6,10 @@ import torch
 
 from flux_func import plan_main, tree
 from flux_func.models import autoencoder, text
-from flux_func.parallel import devices, encoding, placements, plan
-from flux_func.parallel.meter import Send
+from flux_func.parallel import placements
 from flux_func.parallel.sharding import Sharding
+from flux_func.plan import devices, encoding, predict
+from flux_func.plan.meter import Send
 
 H100 = devices.DEVICES["h100"]
 TABLE = (("*", {"shard": 0, "context": 0}),)
@@ -27,7 +28,7 @@ def cfg(tmp_path):
 
 
 def split(cfg, shard):
-    mesh = plan.Planned({"replicate": 1, "shard": shard, "context": 1})
+    mesh = predict.Planned({"replicate": 1, "shard": shard, "context": 1})
     shapes = tree.flatten(text.abstract(cfg, torch.bfloat16).get("t5", {}))
     places = placements.resolve(TABLE, shapes, mesh, "parallel.text_encoder")
     return Sharding(mesh, tree.unflatten(places), device=torch.device("meta"))

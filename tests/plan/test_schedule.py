@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from flux_func.models import flux
-from flux_func.parallel import costs, plan, schedule
 from flux_func.parallel.sharding import Sharding
+from flux_func.plan import costs, predict, schedule
 
 TINY = flux.flavor("flux-tiny")
 UNITS = costs.units(TINY)
@@ -11,7 +11,7 @@ STAGES = ["stem", "double_blocks.0", "double_blocks.1", "single_blocks.0", "sing
 
 
 def recorded(turns=1, prefetch=1, cast=False, steps=3):
-    sharding = Sharding(plan.Planned({"replicate": 1, "shard": 2, "context": 1}), prefetch=prefetch)
+    sharding = Sharding(predict.Planned({"replicate": 1, "shard": 2, "context": 1}), prefetch=prefetch)
     params = flux.abstract(TINY)
     recorder = schedule.recorder(
         sharding,

@@ -8,8 +8,8 @@ import torch
 
 from flux_func import plan_main
 from flux_func.models import flops
-from flux_func.parallel import devices, plan, trace
-from flux_func.parallel.meter import Compute, Cost, Send, Wait
+from flux_func.plan import devices, predict, trace
+from flux_func.plan.meter import Compute, Cost, Send, Wait
 from tests.helpers import rank_plan, ranks
 
 H100 = devices.DEVICES["h100"]
@@ -37,12 +37,12 @@ def measured(world):
 
 def posed(sizes, fields, mesh=None, device="meta"):
     return plan_main.pose(
-        plan_main.prepare(rank_plan.config(sizes, fields)), mesh or plan.Planned(sizes), torch.device(device)
+        plan_main.prepare(rank_plan.config(sizes, fields)), mesh or predict.Planned(sizes), torch.device(device)
     )
 
 
 def predicted(sizes, fields):
-    return plan.predict(posed(sizes, fields), devices.Cluster(H100, sizes))
+    return predict.predict(posed(sizes, fields), devices.Cluster(H100, sizes))
 
 
 @pytest.mark.parametrize("world", [4, 2])
@@ -105,11 +105,11 @@ def test_time_is_of_what_cannot_be_hidden():
             return sent / 1e9
 
     sent = Send(1, "all_gather", "shard", 2e9)
-    player = plan.Player(Slow(H100, FSDP))
+    player = predict.Player(Slow(H100, FSDP))
     for step in (
-        plan.Step("a", Cost(10, 30, (Compute(1.0, 5.0), sent)), "x"),
-        plan.Step("b", Cost(-4, 8, (Compute(0.5, 1.0),))),
-        plan.Step("a", Cost(0, 2, (Wait(1),)), "x"),
+        predict.Step("a", Cost(10, 30, (Compute(1.0, 5.0), sent)), "x"),
+        predict.Step("b", Cost(-4, 8, (Compute(0.5, 1.0),))),
+        predict.Step("a", Cost(0, 2, (Wait(1),)), "x"),
     ):
         player.play(step)
     assert (player.compute, player.exposed, player.communication, player.operations) == (1.5, 1.5, 2.0, 6.0)
@@ -123,9 +123,9 @@ def test_collectives_of_one_group_wait_for_each_other_and_those_of_two_do_not():
             return sent
 
     def time(groups):
-        player = plan.Player(Slow(H100, HSDP))
+        player = predict.Player(Slow(H100, HSDP))
         sends = [Send(place, "all_gather", group, 1.0) for place, group in enumerate(groups)]
-        player.play(plan.Step("a", Cost(0, 0, (*sends, *(Wait(place) for place in range(len(groups)))))))
+        player.play(predict.Step("a", Cost(0, 0, (*sends, *(Wait(place) for place in range(len(groups)))))))
         return player.exposed
 
     assert time(["shard", "shard"]) == 2

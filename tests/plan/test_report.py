@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from flux_func.parallel import devices, plan_report
-from flux_func.parallel.plan import Plan
-from flux_func.parallel.trace import Trace
+from flux_func.plan import devices, report
+from flux_func.plan.predict import Plan
+from flux_func.plan.trace import Trace
 
 GIB = 2**30
 SIZES = {"replicate": 2, "shard": 8, "context": 1}
@@ -18,7 +18,7 @@ PLAN = Plan(
     exposed=0.5,
     communication=0.75,
 )
-CASE = plan_report.Case(devices.Cluster(devices.DEVICES["h100"], SIZES), PLAN, 64, 16 * 989e12)
+CASE = report.Case(devices.Cluster(devices.DEVICES["h100"], SIZES), PLAN, 64, 16 * 989e12)
 
 
 def test_what_a_plan_adds_up_to():
@@ -27,7 +27,7 @@ def test_what_a_plan_adds_up_to():
 
 
 def test_details():
-    said = plan_report.details(CASE)
+    said = report.details(CASE)
     assert "parameters                10.00" in said and "in all                    40.00" in said
     assert "all_gather                   shard                 4.000             0.000" in said
     assert "all_reduce                   replicate             0.000             1.000" in said
@@ -36,15 +36,15 @@ def test_details():
 
 
 def test_comparison_names_the_meshes_left_out():
-    said = plan_report.comparison([CASE] * 15, [(SIZES, "parallel.context is 3: no")])
-    assert said.count("replicate=2,shard=8,context=1") == plan_report.MOST + 1
+    said = report.comparison([CASE] * 15, [(SIZES, "parallel.context is 3: no")])
+    assert said.count("replicate=2,shard=8,context=1") == report.MOST + 1
     assert (
         "and 3 more" in said and "1 meshes cannot be, such as replicate=2,shard=8,context=1: parallel.context" in said
     )
 
 
 def test_a_trace_beside():
-    said = plan_report.against((PLAN, Trace(30 * GIB, 8 * GIB, {("all_gather", "shard"): 4e9})))
+    said = report.against((PLAN, Trace(30 * GIB, 8 * GIB, {("all_gather", "shard"): 4e9})))
     assert [line.split()[-2:] for line in said.splitlines()[2:]] == [
         ["30.00", "30.00"],
         ["7.00", "8.00"],
@@ -53,7 +53,7 @@ def test_a_trace_beside():
 
 
 def test_json():
-    saved = json.loads(json.dumps(plan_report.to_json(CASE)))
+    saved = json.loads(json.dumps(report.to_json(CASE)))
     assert saved["bytes"]["in_all"] == 40 * GIB and saved["seconds"]["step"] == 2 and saved["fits"]
     assert saved["sent"][1] == {
         "collective": "all_reduce",

@@ -17,8 +17,8 @@ from flux_func import tree
 from flux_func.models.layers import Params
 from flux_func.parallel import fold, mesh
 from flux_func.parallel.mesh import AXES, Mesh
-from flux_func.parallel.meter import Meter, Send
-from flux_func.parallel.plan import Problem, parts
+from flux_func.plan.meter import Meter, Send
+from flux_func.plan.predict import Problem, parts
 
 
 @dataclass(frozen=True)
