@@ -44,6 +44,7 @@ files that other tools cannot load, or that are not what they seem
 replicas that draw the same noise
     tests/test_traps.py::test_no_two_positions_share_noise_on_any_rank_in_any_step
     tests/data/test_pipeline.py::test_start_and_ranks_change_nothing
+    tests/distributed/test_equality.py::test_the_comparison_sees_what_is_wrong
 prompt dropout joint in one place and independent in another
     tests/data/test_captions.py::test_dropout_is_independent
     tests/data/test_pipeline.py::test_prompts_are_dropped_in_training_alone
@@ -64,6 +65,13 @@ a resumed run whose loss jumps: generators, moments, average or place in the dat
     tests/train/test_loop_resume.py::test_a_run_that_breaks_goes_on_from_its_last_checkpoint
     tests/faults/test_interrupted.py::test_a_kill_between_checkpoints_loses_the_steps_since_the_last
     tests/data/test_pipeline.py::test_each_epoch_is_a_permutation
+a resumed run that may not change how many processes there are
+    tests/distributed/test_runs.py::test_another_mesh_goes_on_with_the_losses_of_the_unbroken_run
+    tests/distributed/test_runs.py::test_a_mesh_goes_on_where_one_process_stopped
+validation that hangs, or pictures that processes write over each other's
+    tests/train/test_validate.py::test_processes_of_any_mesh_find_what_one_finds
+    tests/test_sample_main_ranks.py::test_pictures_are_those_of_one_process
+    tests/distributed/test_runs.py::test_a_mesh_leaves_what_one_process_leaves
 a checkpoint that the next step writes over while it is saved
     tests/train/test_checkpoint.py::test_state_may_be_changed_in_place_right_after_save
 saving after validation fails; validation changes training, or writes over pictures
@@ -95,7 +103,7 @@ HELD = re.findall(r"^    (tests/\S+\.py)::(test_\w+)$", __doc__, re.MULTILINE)
 
 def test_every_trap_has_a_test():
     traps = re.findall(r"^\S.*\n(?=    tests/)", __doc__, re.MULTILINE)
-    assert len(traps) == 17 and len(HELD) >= 40
+    assert len(traps) == 19 and len(HELD) >= 40
     assert len(HELD) == __doc__.count("::")
 
 

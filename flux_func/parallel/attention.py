@@ -91,27 +91,6 @@ def check(kind: str, context: int, ulysses: int, heads: int, text_tokens: int, i
         )
 
 
-def sent_bytes(
-    kind: str, context: int, ulysses: int, size: int, dtype: torch.dtype
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Returns what each process sends for one attention, forward and backward: {kind of collective: bytes}.
-
-    Args:
-      kind, context, ulysses: as for `check`.
-      size: elements of q on a process, B * H * l * D; k and v have as many.
-      dtype: of q, k and v. What a ring gathers of gradients travels in float32 at least.
-    """
-    one, wide = size * dtype.itemsize, size * at_least_float32(dtype).itemsize
-    if kind == "all_gather":
-        return {"all_gather": 2 * one * (context - 1)}, {"reduce_scatter": 2 * one * (context - 1)}
-    degree = {"ulysses": context if ulysses == -1 else ulysses, "ring": 1}[kind]
-    heads, ring = {"all_to_all": 4 * one * (degree - 1) / degree}, context // degree
-    there = 2 * one * (ring - 1)
-    back = there + 2 * wide * ring if ring > 1 else 0
-    found = ({**heads, "permute": there}, {**heads, "permute": back})
-    return tuple({name: sent for name, sent in bytes_of.items() if sent} for bytes_of in found)
-
-
 def _degrees(*numbers: int) -> str:
     common = math.gcd(*numbers)
     return ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)

@@ -87,10 +87,7 @@ def _lending_vjp(
     def pull(cotangent: tree.Tree, params: Params) -> tuple:
         nonlocal lent
         lent = tree.leaves(params)
-        try:
-            return inner(cotangent)
-        finally:
-            lent = []
+        return inner(cotangent)
 
     return out, pull
 

@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -25,11 +25,13 @@ class Mesh:
       sizes: of every axis of `AXES`, in that order.
       rank: this process.
       devices: torch's mesh; None: no processes to talk to, as in a run of one, or a mesh that is only planned.
+      groups: those that were asked for, by their axes.
     """
 
     sizes: Mapping[str, int]
     rank: int = 0
     devices: DeviceMesh | None = None
+    groups: dict[tuple[str, ...], dist.ProcessGroup] = field(default_factory=dict, compare=False, repr=False)
 
     def size(self, axes: Sequence[str] = AXES) -> int:
         """Returns how many processes there are along some axes together."""
@@ -48,17 +50,13 @@ class Mesh:
         The first call for some axes is collective: every process makes it.
         """
         split = tuple(axis for axis in axes if self.sizes[axis] > 1)
-        return _group(self.devices, split) if split else None
+        if split and split not in self.groups:
+            part = self.devices[split[0]] if len(split) == 1 else self.devices[split]._flatten("_".join(split))
+            self.groups[split] = part.get_group()
+        return self.groups[split] if split else None
 
 
 ONE = Mesh(dict.fromkeys(AXES, 1))
-
-
-@functools.cache
-def _group(devices: DeviceMesh, axes: tuple[str, ...]) -> dist.ProcessGroup:
-    if len(axes) == 1:
-        return devices[axes[0]].get_group()
-    return devices[axes]._flatten("_".join(axes)).get_group()
 
 
 def build(wanted: Mapping[str, int], device_type: str = "cpu") -> Mesh:

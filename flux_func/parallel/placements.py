@@ -10,6 +10,7 @@ DDP and ZeRO are rows, as sharding rules are in google-research/big_vision and i
 A dimension that does not divide gives way to the next that does.
 """
 
+import difflib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,8 @@ Table = Sequence[Row]
 
 # Of the bytes of a tree, how many may be repeated because no dimension divides.
 MOST_UNASKED = 0.05
+# Numbers that may be read at a time, however small a process's part: `flux.drawing` draws blocks of so many.
+BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -79,29 +82,34 @@ def resolve(table: Table, leaves: Mapping[str, Tensor], mesh: Mesh, field: str) 
       field: the table's name in messages, such as "parallel.params".
 
     Raises:
-      UserError: a row that cannot be, or more than `MOST_UNASKED` of the bytes repeated since nothing divides; the
-        line says which sizes would divide.
+      UserError: a row that cannot be, that fits no leaf, or that names a dimension which none of its leaves has; or
+        more than `MOST_UNASKED` of the bytes repeated since nothing divides: the line says which sizes would.
     """
-    check(table, field)
+    check(table, {path: leaf.ndim for path, leaf in leaves.items()}, field)
     found = {path: _place(table, path, leaf, mesh) for path, leaf in leaves.items()}
-    unasked = {path: p for path, p in found.items() if p.note and not p.axes}
-    total = sum(_bytes(p) for p in found.values())
-    repeated = sum(_bytes(p) for p in unasked.values())
-    if repeated > MOST_UNASKED * total:
-        path, placement = max(unasked.items(), key=lambda item: _bytes(item[1]))
-        axes = _split_axes(table, path, mesh)
-        fits = [n for n in range(1, 2 * mesh.size(axes)) if any(size % n == 0 for size in placement.shape)]
-        nearest = sorted(fits, key=lambda n: abs(n - mesh.size(axes)))[:4]
+    repeated = _unasked(table, leaves, mesh.sizes)
+    if repeated > MOST_UNASKED:
+        path = max(
+            (path for path in found if not found[path].axes and found[path].note), key=lambda p: leaves[p].nbytes
+        )
+        axes = _split_axes(row(table, path), mesh.sizes)
+        sizes = " x ".join(f"{axis}={mesh.sizes[axis]}" for axis in axes)
         raise UserError(
-            f"{field} splits over {' x '.join(axes)} = {mesh.size(axes)}: {repeated / total:.0%} of the bytes have no "
-            f"dimension that divides, such as {path} {list(placement.shape)}; "
-            f"sizes that would: {', '.join(map(str, sorted(nearest)))}"
+            f"{field} splits over {sizes}: {repeated:.0%} of the bytes have no dimension that divides by "
+            f"{mesh.size(axes)}, such as {path} {list(found[path].shape)}; "
+            f"{_sizes_that_would(table, leaves, mesh, axes)}"
         )
     return found
 
 
-def check(table: Table, field: str) -> None:
-    """Checks the rows of a table by themselves; UserError names the field and the row."""
+def check(table: Table, leaves: Mapping[str, int], field: str) -> None:
+    """Checks the rows of a table; UserError names the field and the row.
+
+    Args:
+      table: the rows.
+      leaves: {path: dimensions} of what they are to fit; none: not looked at.
+      field: the table's name.
+    """
     for entry in table:
         where = f"{field} has the row {entry!r}"
         if not (isinstance(entry, (tuple, list)) and len(entry) == 2 and isinstance(entry[0], str)):
@@ -115,18 +123,53 @@ def check(table: Table, field: str) -> None:
                 raise UserError(f"{where}: the dimension of {axis!r} is {dim!r}; should be 0, 1, ...")
         if len(set(entry[1].values())) > 1:
             raise UserError(f"{where}: its axes split different dimensions; they should split one")
+        if leaves:
+            _check_fits(entry, leaves, where)
+
+
+def _check_fits(entry: Row, leaves: Mapping[str, int], where: str) -> None:
+    fitting = {path: dims for path, dims in leaves.items() if tree.match((entry[0],), path)}
+    if not fitting:
+        near = ", ".join(difflib.get_close_matches(entry[0], leaves, n=3, cutoff=0.0))
+        raise UserError(f"{where}: its pattern fits nothing; the nearest are {near}")
+    wanted = max(entry[1].values(), default=0)
+    if wanted and wanted >= max(fitting.values()):
+        raise UserError(f"{where}: nothing that it fits has a dimension {wanted}; they are counted from 0")
+
+
+def _unasked(table: Table, leaves: Mapping[str, Tensor], sizes: Mapping[str, int]) -> float:
+    """Returns the share of the bytes that a mesh would have repeated, though their rows split them."""
+    unasked = 0
+    for path, leaf in leaves.items():
+        count = math.prod(sizes[axis] for axis in _split_axes(row(table, path), sizes))
+        if leaf.ndim and all(size % count for size in leaf.shape):
+            unasked += leaf.nbytes
+    return unasked / max(1, sum(leaf.nbytes for leaf in leaves.values()))
+
+
+def _sizes_that_would(table: Table, leaves: Mapping[str, Tensor], mesh: Mesh, axes: Sequence[str]) -> str:
+    """Returns which sizes of the longest of some axes would divide, the others as they are."""
+    longest = max(axes, key=mesh.sizes.__getitem__)
+    size, found = mesh.sizes[longest], []
+    for other in sorted(range(1, 2 * size + 1), key=lambda n: abs(n - size)):
+        if _unasked(table, leaves, {**mesh.sizes, longest: other}) <= MOST_UNASKED:
+            found.append(other)
+        if len(found) == 4:
+            break
+    return f"sizes of {longest} that would: {', '.join(map(str, sorted(found)))}"
 
 
 def _place(table: Table, path: str, leaf: Tensor, mesh: Mesh) -> Placement:
-    placement, axes = Placement(tuple(leaf.shape), leaf.dtype), _split_axes(table, path, mesh)
-    if not axes:
+    placement, named = Placement(tuple(leaf.shape), leaf.dtype), row(table, path)
+    axes = _split_axes(named, mesh.sizes)
+    if not axes or not leaf.ndim:
         return placement
-    wanted, size = next(iter(row(table, path).values())), mesh.size(axes)
+    wanted, size = next(iter(named.values())), mesh.size(axes)
     for dim in sorted(range(leaf.ndim), key=lambda dim: (dim - wanted) % leaf.ndim):
         if leaf.shape[dim] and leaf.shape[dim] % size == 0:
-            note = "" if dim == wanted else f"dimension {wanted} does not divide by {size}"
-            return replace(placement, axes=axes, dim=dim, note=note)
-    return replace(placement, note=f"no dimension divides by {size}") if leaf.ndim else placement
+            because = "there is no dimension" if wanted >= leaf.ndim else f"{size} does not divide dimension"
+            return replace(placement, axes=axes, dim=dim, note="" if dim == wanted else f"{because} {wanted}")
+    return replace(placement, note=f"{size} divides no dimension")
 
 
 def row(table: Table, path: str) -> Mapping[str, int]:
@@ -134,9 +177,8 @@ def row(table: Table, path: str) -> Mapping[str, int]:
     return next((axes for pattern, axes in table if tree.match((pattern,), path)), {})
 
 
-def _split_axes(table: Table, path: str, mesh: Mesh) -> tuple[str, ...]:
-    named = row(table, path)
-    return tuple(axis for axis in AXES if axis in named and mesh.sizes[axis] > 1)
+def _split_axes(named: Mapping[str, int], sizes: Mapping[str, int]) -> tuple[str, ...]:
+    return tuple(axis for axis in AXES if axis in named and sizes[axis] > 1)
 
 
 def _bytes(placement: Placement) -> int:
@@ -158,8 +200,11 @@ def shards(state: tree.Tree) -> tree.Tree:
 
 
 def distribute(shard: Tensor, placement: Placement, mesh: Mesh) -> Tensor:
-    """Returns the leaf whose part on this process is `shard`: a DTensor over its memory; itself on one process."""
-    if mesh.devices is None:
+    """Returns the leaf whose part on this process is `shard`: a DTensor over its memory; itself on one process.
+
+    So does a single number: torch would move a count that an optimizer keeps on the CPU to the mesh's device.
+    """
+    if mesh.devices is None or not placement.shape:
         return shard
     strides = torch.empty(placement.shape, device="meta").stride()
     return DTensor.from_local(
@@ -173,7 +218,7 @@ def read(
     rows: Callable[[int, int], Tensor],
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Returns this process's part of a leaf [...], read by no more rows at a time than make up such a part.
+    """Returns this process's part of a leaf [...], read by no more rows at a time than make up such a part, or `BLOCK`.
 
     Args:
       placement: of the leaf.
@@ -186,7 +231,8 @@ def read(
     if not placement.shape:
         return out.copy_(rows(0, 1).reshape(()))
     first, last = part[0].start, part[0].stop
-    share = max(1, math.prod(out.shape) // math.prod(placement.shape[1:])) if placement.dim else last - first
+    share = max(1, math.prod(out.shape) // math.prod(placement.shape[1:]), BLOCK // math.prod(placement.shape[1:]))
+    share = share if placement.dim else max(1, last - first)
     for start in range(first, last, share):
         stop = min(start + share, last)
         out[start - first : stop - first].copy_(rows(start, stop)[(slice(None), *part[1:])])

@@ -26,6 +26,9 @@ from flux_func.parallel.placements import Placement, local
 BATCH = ("latents", "noise", "timesteps", "txt", "y", "guidance")
 SEQUENCES = {"img": 1, "txt": 1, "rope": 2, "target": 1}
 
+# What is gathered at a time of parameters that were updated in parts.
+BUNDLE_BYTES = 256 << 20
+
 Select = Callable[[Params], Params]
 # Yields whenever collectives have been started; returns this process's part of a stage's gradients.
 Reduction = Generator[None, None, Params]
@@ -134,11 +137,13 @@ class Sharding:
         """Writes what every process has updated into the parameters that more than one has."""
         if self.grads is None:
             return
-        leaves = zip(*map(tree.leaves, (owned, params, self.params, self.grads)), strict=True)
-        for mine, leaf, has, gets in leaves:
-            if gets.axes != has.axes:
-                rows = collectives.start_all_gather(mine.reshape(-1), self.mesh.group(gets.axes))
-                leaf.copy_(_assemble(collectives.wait(rows).view(self.mesh.size(gets.axes), -1), mine.shape, gets))
+        mine, leaves, has, gets = map(tree.flatten, (owned, params, self.params, self.grads))
+        finer = {path: gets[path] for path in leaves if gets[path].axes != has[path].axes}
+        gathering = replace(self, params=finer, compute=None, device=None)
+        for paths in _bundles({path: leaves[path].nbytes for path in finer}):
+            whole = gathering.start_gather(lambda tree, paths=paths: {path: tree[path] for path in paths}, mine)()
+            for path, leaf in whole.items():
+                leaves[path].copy_(leaf)
 
     def _slice(self, leaf: Tensor, has: Placement, gets: Placement) -> Tensor:
         return leaf if has.axes == gets.axes else leaf[gets.local(self.mesh)]
@@ -242,6 +247,19 @@ def taker(sharding: Sharding, params: Params, visits: Mapping[str, Select]) -> C
     return take
 
 
+def _bundles(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Returns the names in bundles of at most BUNDLE_BYTES each, or of one."""
+    bundles: list[list[str]] = []
+    total = BUNDLE_BYTES
+    for name, size in sizes.items():
+        if total + size > BUNDLE_BYTES:
+            bundles.append([])
+            total = 0
+        bundles[-1].append(name)
+        total += size
+    return bundles
+
+
 def _by_axes(places: Sequence[Placement]) -> dict[tuple[str, ...], list[int]]:
     groups: dict[tuple[str, ...], list[int]] = {}
     for i, place in enumerate(places):
@@ -297,12 +315,18 @@ def from_config(
                 f"parallel.moments has {path} as {placements.say(grads[path], mesh)} and parallel.params as "
                 f"{placements.say(place, mesh)}: moments are split as the parameters are, or where those are repeated"
             )
+    batch_axes, splits = _batch_axes(p.batch, mesh), _splits(p.activations, mesh)
+    if splits and "context" in batch_axes:
+        raise UserError(
+            f"parallel.batch splits samples over context={mesh.sizes['context']}, and parallel.activations their "
+            f"sequences: leave context out of the one, or set --config.parallel.activations='()'"
+        )
     return Sharding(
         mesh=mesh,
         params=_like(shapes, [params[path] for path in flat]),
         grads=_like(shapes, [grads[path] for path in flat]),
-        batch_axes=_batch_axes(p.batch, mesh),
-        splits=_splits(p.activations, mesh),
+        batch_axes=batch_axes,
+        splits=splits,
         compute=compute,
         reduce=reduce,
         prefetch=p.prefetch,
@@ -312,7 +336,7 @@ def from_config(
 
 
 def _batch_axes(table: placements.Table, mesh: Mesh) -> tuple[str, ...]:
-    placements.check(table, "parallel.batch")
+    placements.check(table, dict.fromkeys(BATCH, 1), "parallel.batch")
     rows = {name: placements.row(table, name) for name in BATCH}
     first = rows["latents"]
     for name, row in rows.items():
@@ -325,7 +349,7 @@ def _batch_axes(table: placements.Table, mesh: Mesh) -> tuple[str, ...]:
 
 
 def _splits(table: placements.Table, mesh: Mesh) -> dict[str, tuple[tuple[str, ...], int]]:
-    placements.check(table, "parallel.activations")
+    placements.check(table, {name: dim + 1 for name, dim in SEQUENCES.items()}, "parallel.activations")
     rows = {name: placements.row(table, name) for name in SEQUENCES}
     for name, row in rows.items():
         if dict(row) not in ({}, {"context": SEQUENCES[name]}) or bool(row) != bool(rows["img"]):

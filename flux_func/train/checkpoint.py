@@ -37,7 +37,7 @@ from flux_func.train.state import DTYPES, size_in_bytes
 # What `restore` reads at a time, unless a single leaf is larger: the memory it takes on top of the state itself.
 GROUP_BYTES = 256 << 20
 # How long one of several processes that fails goes on with a save that is under way, and how often it looks.
-GRACE_SECONDS = 15
+GRACE_SECONDS = 10
 PAUSE_SECONDS = 0.01
 
 

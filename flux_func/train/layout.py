@@ -34,12 +34,7 @@ def build(
     shapes = flux.abstract(cfg, DTYPES[n.param])
     made = sharding.from_config(config, shapes, mesh, DTYPES[n.compute], DTYPES[n.reduce], device)
     _check_batch(config, made)
-    image_tokens = (config.data.image_size // 16) ** 2
-    if made.splits:
-        p = config.parallel
-        attention.check(
-            p.attention, mesh.sizes["context"], p.ulysses, cfg.num_heads, config.text.max_length, image_tokens
-        )
+    _check_sequence(config, cfg, made)
     _check_optimizer(config, optimizer, made)
     return made
 
@@ -89,18 +84,32 @@ def _check_batch(config: ml_collections.ConfigDict, made: Sharding) -> None:
     count = made.mesh.size(made.batch_axes)
     if size % (count * micro):
         over = " x ".join(f"{axis}={made.mesh.sizes[axis]}" for axis in made.batch_axes)
-        fits = [n for n in range(1, size // micro + 1) if size % (n * micro) == 0]
+        fits = ", ".join(str(n) for n in range(1, size // micro + 1) if size % (n * micro) == 0)
         near = max(count * micro, round(size / (count * micro)) * count * micro)
         raise UserError(
-            f"train.batch_size is {size}: does not divide into {micro} micro-batches (train.accumulate) on {count} "
-            f"processes ({over}); {near} would, or {' or '.join(map(str, fits))} processes"
+            f"train.batch_size is {size}: does not divide into {micro} micro-batches (train.accumulate) over {over}; "
+            f"{near} would, or {' x '.join(made.batch_axes)} of {fits}"
         )
+
+
+def _check_sequence(config: ml_collections.ConfigDict, cfg: flux.FluxConfig, made: Sharding) -> None:
+    p, context = config.parallel, made.mesh.sizes["context"]
+    if made.splits:
+        lengths = (config.text.max_length, (config.data.image_size // 16) ** 2)
+        attention.check(p.attention, context, p.ulysses, cfg.num_heads, *lengths)
+        return
+    for field, usual in (("attention", "all_gather"), ("ulysses", -1)):
+        # One config serves any size of context, 1 too, but for a degree that this size has not.
+        if p[field] != usual and (context > 1 or field == "ulysses"):
+            why = "parallel.context is 1" if context == 1 else f"parallel.activations is {p.activations}"
+            raise UserError(f"parallel.{field} is {p[field]!r}: no sequence is split, as {why}; leave it at {usual!r}")
 
 
 def _check_optimizer(config: ml_collections.ConfigDict, optimizer: optimizers.Optimizer, made: Sharding) -> None:
     split = any(place.axes for place in tree.leaves(made.grads))
     if split and not optimizers.is_elementwise(optimizer):
+        moments = " --config.parallel.moments='()'" if config.parallel.moments else ""
         raise UserError(
             f"optimizer.name is {config.optimizer.name!r}: mixes the numbers of a leaf, which are split over "
-            f"processes; choose another, or have leaves whole (--config.parallel.params='((\"*\", {{}}),)')"
+            f"processes; choose another, or have leaves whole: --config.parallel.params='((\"*\", {{}}),)'{moments}"
         )

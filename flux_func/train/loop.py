@@ -357,7 +357,7 @@ class Meter:
         self._start += time.perf_counter()
 
     def read(self, out: dict[str, torch.Tensor], lr: float) -> dict[str, Any]:
-        """Returns the record of the steps since the last one, the same on every process: `metrics.TRAINING`."""
+        """Returns the record of the steps since the last one, `metrics.TRAINING`; every process calls it."""
         config, cfg = self._run.config, self._run.cfg
         # Reading the loss waits for the device, so the clock is read after it.
         loss, norm = float(out["loss"]), float(out["grad_norm"])

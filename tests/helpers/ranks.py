@@ -13,7 +13,9 @@ from typing import Any
 def _server() -> Any:
     # Forked from a process that has imported the heavy parts already, and has no threads yet.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.tensor", "flux_func.train.loop"])
+    context.set_forkserver_preload(
+        ["torch._dynamo", "torch.distributed.tensor", "sklearn.datasets", "flux_func.train.loop"]
+    )
     return context
 
 

@@ -29,7 +29,7 @@ def ranks(sizes):
 
 def place(table, shape, mesh):
     """The placement of one small leaf beside a large one that divides, so that nothing is refused."""
-    leaves = {"leaf": torch.empty(shape, device="meta"), "large": torch.empty(6912, 6912, device="meta")}
+    leaves = {"leaf": torch.empty(shape, device="meta"), "large": torch.empty(6912, 6912, 1, device="meta")}
     return placements.resolve(table, leaves, mesh, "parallel.params")["leaf"]
 
 
@@ -48,13 +48,21 @@ def test_the_parts_make_up_the_leaf(sizes, shape, row):
     assert all(axis in row and sizes[axis] > 1 for axis in placement.axes)
     if not placement.axes and mesh.size([axis for axis in row]) > 1 and shape:
         assert (
-            all(size % mesh.size([axis for axis in row]) for size in shape) and "no dimension divides" in placement.note
+            all(size % mesh.size([axis for axis in row]) for size in shape) and "divides no dimension" in placement.note
         )
 
 
+@pytest.fixture(scope="module")
+def block():
+    """Small blocks, so that a part may be larger than one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(placements, "BLOCK", 16)
+        yield
+
+
 @settings(deadline=None)
-@given(MESHES, SHAPES.filter(len), ROWS, st.integers(0, 47))
-def test_a_part_is_read_by_no_more_rows_than_it_is_large(sizes, shape, row, rank):
+@given(sizes=MESHES, shape=SHAPES.filter(len), row=ROWS, rank=st.integers(0, 47))
+def test_a_part_is_read_by_no_more_rows_than_it_is_large(block, sizes, shape, row, rank):
     mesh = Mesh(sizes, rank % math.prod(sizes.values()))
     leaf = torch.arange(math.prod(shape), dtype=torch.float32).reshape(shape)
     placement, most = place((("*", row),), shape, mesh), []
@@ -65,7 +73,7 @@ def test_a_part_is_read_by_no_more_rows_than_it_is_large(sizes, shape, row, rank
 
     found = placements.read(placement, mesh, rows)
     assert torch.equal(found, leaf[placement.local(mesh)])
-    assert max(most) <= max(found.numel(), math.prod(shape[1:]))
+    assert max(most) <= max(found.numel(), math.prod(shape[1:]), 16)
 
 
 def test_the_first_row_that_fits_counts():
@@ -83,8 +91,8 @@ def test_a_dimension_gives_way_and_the_table_says_so():
     mesh = Mesh({"replicate": 1, "shard": 4, "context": 1})
     placement = place(FSDP, (6, 8), mesh)
     assert (placement.dim, placement.local_shape(mesh)) == (1, (6, 2))
-    assert placements.say(placement, mesh) == "dimension 1 over shard=4 (dimension 0 does not divide by 4)"
-    assert placements.say(place(FSDP, (6, 3), mesh), mesh) == "repeated (no dimension divides by 4)"
+    assert placements.say(placement, mesh) == "dimension 1 over shard=4 (4 does not divide dimension 0)"
+    assert placements.say(place(FSDP, (6, 3), mesh), mesh) == "repeated (4 divides no dimension)"
 
 
 def test_flux_dev_divides_over_1024_processes():
@@ -101,8 +109,22 @@ def test_flux_dev_divides_over_1024_processes():
 def test_what_divides_almost_nothing_is_refused():
     mesh = Mesh({"replicate": 1, "shard": 56, "context": 1})
     leaves = tree.flatten(flux.abstract(flux.flavor("flux-dev")))
-    with pytest.raises(UserError, match=r"parallel.params splits over shard = 56: .*sizes that would: .*\b(48|64)\b"):
+    with pytest.raises(UserError, match=r"parallel.params splits over shard=56: .*: 24, 32, 48, 64$"):
         placements.resolve(FSDP, leaves, mesh, "parallel.params")
+
+
+@pytest.mark.parametrize("flavor", ["flux-debug", "flux-digits"])
+def test_the_sizes_that_are_named_would_divide(flavor):
+    leaves, refused = tree.flatten(flux.abstract(flux.flavor(flavor))), 0
+    for size in range(2, 40):
+        try:
+            placements.resolve(FSDP, leaves, Mesh({"replicate": 1, "shard": size, "context": 1}), "parallel.params")
+        except UserError as error:
+            refused += 1
+            for named in str(error).rpartition(": ")[2].split(", "):
+                mesh = Mesh({"replicate": 1, "shard": int(named), "context": 1})
+                placements.resolve(FSDP, leaves, mesh, "parallel.params")
+    assert refused > 20
 
 
 @pytest.mark.parametrize(
@@ -111,13 +133,16 @@ def test_what_divides_almost_nothing_is_refused():
         (("*", {"expert": 0}), "there is no axis 'expert'; the mesh has replicate, shard, context"),
         (("*", {"shard": -1}), "the dimension of 'shard' is -1"),
         (("*", {"shard": 0, "context": 1}), "split different dimensions"),
+        (("weights", {"shard": 0}), "its pattern fits nothing; the nearest are weight"),
+        (("*", {"shard": 2}), "nothing that it fits has a dimension 2"),
+        (("bias", {"shard": 1}), "nothing that it fits has a dimension 1"),
         (("*",), "should be (pattern, {axis: dimension})"),
         (("*", "shard"), "its second part should be {axis: dimension}"),
     ],
 )
 def test_rows_that_cannot_be(row, said):
     with pytest.raises(UserError) as error:
-        placements.check((row,), "parallel.params")
+        placements.check((row,), {"weight": 2, "bias": 1}, "parallel.params")
     assert "parallel.params has the row" in str(error.value) and said in str(error.value)
 
 

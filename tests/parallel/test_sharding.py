@@ -16,7 +16,7 @@ from flux_func.parallel import sharding
 from flux_func.parallel.mesh import AXES, ONE, Mesh
 from flux_func.parallel.placements import Placement
 from flux_func.parallel.sharding import Sharding, Stream
-from tests.helpers import rank_fold
+from tests.helpers import tiny_batch
 
 TINY = flux.flavor("flux-tiny")
 CPU = torch.device("cpu")
@@ -81,7 +81,7 @@ def test_pieces_and_assembly_are_each_others_inverse(shape, dim, count):
 def test_processes_of_a_context_have_each_token_once(context, height, text):
     if height % 2 or (height * 8 // 4) % context or text % context:
         return
-    batch = rank_fold.batch(2, height, 8, text)
+    batch = tiny_batch.batch(2, height, 8, text)
     carry, const = path.inputs(TINY, batch)
     parts = [from_config({}, mesh(context=context, rank=rank)).split(carry, const) for rank in range(context)]
     for name, dim in (("img", 1), ("txt", 1)):
@@ -115,7 +115,13 @@ def test_what_is_split_over_no_axis_is_counted(fields, sizes, repeats):
         ({"moments": (("*", {}),)}, "parallel.moments has"),
         ({"moments": (("*", {"shard": 1}),)}, "parallel.moments has"),
         ({"batch": (("txt", {}), ("*", {"shard": 0}))}, "parallel.batch has txt as {}"),
-        ({"batch": (("*", {"shard": 1}),)}, "parallel.batch has latents as {'shard': 1}"),
+        ({"batch": (("*", {"shard": 1}),)}, "parallel.batch has the row ('*', {'shard': 1}): nothing that it fits has"),
+        ({"batch": (("noize", {"shard": 0}),)}, "its pattern fits nothing; the nearest are noise"),
+        (
+            {"batch": (("*", {"shard": 0, "context": 0}),)},
+            "parallel.batch splits samples over context=2, and",
+        ),
+        ({"activations": (("image", {"context": 1}),)}, "parallel.activations has the row ('image', {'context': 1})"),
         ({"activations": (("img", {}), ("rope", {"context": 2}), ("*", {"context": 1}))}, "parallel.activations has"),
         ({"activations": (("*", {"shard": 1}),)}, "parallel.activations has img as {'shard': 1}"),
     ],
@@ -145,7 +151,7 @@ def test_one_process_changes_types_alone():
 
 def test_a_forward_pass_gathers_what_it_computes_with():
     params = flux.init(TINY, scheme="nonzero")
-    carry, const = path.inputs(TINY, rank_fold.batch(2))
+    carry, const = path.inputs(TINY, tiny_batch.batch(2))
     ops = sharding.gathering(from_config({}, ONE), params, flux.chain(TINY))
     for _ in range(2):
         found = flux.fold(flux.chain(TINY), params, carry, const, ops)["img"]
