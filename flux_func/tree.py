@@ -85,6 +85,18 @@ def select(tree: Tree, patterns: Iterable[str]) -> dict[str, Any]:
     return {path: leaf for path, leaf in flat.items() if match(patterns, path)}
 
 
+def bundles(sizes: Mapping[str, int], most: int) -> list[list[str]]:
+    """Returns the paths of {path: bytes} in their order, in bundles of at most `most` bytes each, or of one path."""
+    found, total = [[]], 0
+    for path, size in sizes.items():
+        if found[-1] and total + size > most:
+            found.append([])
+            total = 0
+        found[-1].append(path)
+        total += size
+    return [bundle for bundle in found if bundle]
+
+
 def differences(found: Mapping[str, tuple], expected: Mapping[str, tuple], most: int = 20) -> str:
     """Returns on one line what keeps `found` {name: shape} from being `expected`; "" where nothing does.
 

@@ -82,3 +82,19 @@ def test_differences_are_all_counted_and_twenty_listed(missing, surplus):
     else:
         assert said.startswith(f"{missing + surplus} tensor") and said.count("; ") < 21
         assert (f"and {missing + surplus - 20} more" in said) == (missing + surplus > 20)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "groups"),
+    [({}, []), ({"a": 100}, [["a"]]), ({"a": 4, "b": 6, "c": 1, "d": 30, "e": 2}, [["a", "b"], ["c"], ["d"], ["e"]])],
+)
+def test_bundles_hold_the_limit_or_one_leaf(sizes, groups):
+    assert tree.bundles(sizes, 10) == groups
+
+
+@given(st.lists(st.integers(0, 12), max_size=12), st.integers(1, 20))
+def test_bundles_hold_every_path_once_in_order_and_no_more_than_they_may(sizes, most):
+    named = {f"leaf.{i}": size for i, size in enumerate(sizes)}
+    found = tree.bundles(named, most)
+    assert [path for bundle in found for path in bundle] == list(named)
+    assert all(len(bundle) == 1 or sum(named[path] for path in bundle) <= most for bundle in found)

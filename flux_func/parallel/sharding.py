@@ -140,8 +140,8 @@ class Sharding:
         mine, leaves, has, gets = map(tree.flatten, (owned, params, self.params, self.grads))
         finer = {path: gets[path] for path in leaves if gets[path].axes != has[path].axes}
         gathering = replace(self, params=finer, compute=None, device=None)
-        for paths in _bundles({path: leaves[path].nbytes for path in finer}):
-            whole = gathering.start_gather(lambda tree, paths=paths: {path: tree[path] for path in paths}, mine)()
+        for paths in tree.bundles({path: leaves[path].nbytes for path in finer}, BUNDLE_BYTES):
+            whole = gathering.start_gather(lambda flat, paths=paths: {path: flat[path] for path in paths}, mine)()
             for path, leaf in whole.items():
                 leaves[path].copy_(leaf)
 
@@ -245,19 +245,6 @@ def taker(sharding: Sharding, params: Params, visits: Mapping[str, Select]) -> C
         return stream[0].take()
 
     return take
-
-
-def _bundles(sizes: Mapping[str, int]) -> list[list[str]]:
-    """Returns the names in bundles of at most BUNDLE_BYTES each, or of one."""
-    bundles: list[list[str]] = []
-    total = BUNDLE_BYTES
-    for name, size in sizes.items():
-        if total + size > BUNDLE_BYTES:
-            bundles.append([])
-            total = 0
-        bundles[-1].append(name)
-        total += size
-    return bundles
 
 
 def _by_axes(places: Sequence[Placement]) -> dict[tuple[str, ...], list[int]]:

@@ -314,7 +314,7 @@ def _read_member(
     placed = {path: placements.get(f"{member}.{path}", _everywhere(leaf)) for path, leaf in flat.items()}
     parts = {path: placement.local(mesh) for path, placement in placed.items()}
     read: dict[str, torch.Tensor] = {}
-    for paths in _groups({path: placement.local_bytes(mesh) for path, placement in placed.items()}):
+    for paths in tree.bundles({path: placement.local_bytes(mesh) for path, placement in placed.items()}, GROUP_BYTES):
         with _reading(workdir, step):
             found = orbax.read(find(workdir, step), member, paths, parts)
         for path, array in found.items():
@@ -326,19 +326,6 @@ def _read_member(
 
 def _everywhere(leaf: torch.Tensor) -> Placement:
     return Placement(tuple(leaf.shape), leaf.dtype)
-
-
-def _groups(sizes: Mapping[str, int]) -> list[list[str]]:
-    """Returns the paths in groups of at most GROUP_BYTES each, or of one path."""
-    groups: list[list[str]] = []
-    total = GROUP_BYTES
-    for path, size in sizes.items():
-        if total + size > GROUP_BYTES:
-            groups.append([])
-            total = 0
-        groups[-1].append(path)
-        total += size
-    return groups
 
 
 def _check_leaves(workdir: str | Path, step: int, member: str, flat: Mapping[str, torch.Tensor], cast: bool) -> None:

@@ -121,15 +121,6 @@ def test_what_is_restored_is_memory_of_its_own(tmp_path, monkeypatch):
             leaf.add_(1)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "groups"),
-    [({}, []), ({"a": 100}, [["a"]]), ({"a": 4, "b": 6, "c": 1, "d": 30, "e": 2}, [["a", "b"], ["c"], ["d"], ["e"]])],
-)
-def test_groups_hold_the_limit_or_one_leaf(monkeypatch, sizes, groups):
-    monkeypatch.setattr(checkpoint, "GROUP_BYTES", 10)
-    assert checkpoint._groups(sizes) == groups
-
-
 def test_state_may_be_changed_in_place_right_after_save(tmp_path):
     # Large enough to be under way still when save returns, often enough to be no accident.
     state = {
