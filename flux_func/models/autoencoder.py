@@ -5,7 +5,9 @@ After black-forest-labs/flux, `modules/autoencoder.py`: the tree flattened by do
 """
 
 import dataclasses
-from collections.abc import Iterable
+import functools
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,9 @@ from flux_func.models import dct, layers
 Params = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 _GROUPS = 32
+# Of images that `kl` computes at a time: two of 1024 x 1024. All of a batch at once would take more memory than a
+# training step, and be no faster.
+PIXELS_AT_ONCE = 1 << 21
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +144,8 @@ def encode(params: Params, cfg: AutoencoderConfig, images: Tensor, noise: Tensor
         raise ValueError(f"noise {tuple(noise.shape)} should be {size}")
     if cfg.kind == "dct":
         return dct.encode(images)
-    mean, logvar = _encoder(params["encoder"], cfg, images).chunk(2, dim=1)
+    encoder = functools.partial(_encoder, params["encoder"], cfg)
+    mean, logvar = _in_turn(encoder, images, math.prod(images.shape[2:])).chunk(2, dim=1)
     z = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise.to(mean)
     return cfg.scale_factor * (z - cfg.shift_factor)
 
@@ -154,7 +160,15 @@ def decode(params: Params, cfg: AutoencoderConfig, latents: Tensor) -> Tensor:
         raise ValueError(f"latents {tuple(latents.shape)} should be [B, {cfg.z_channels}, h, w]")
     if cfg.kind == "dct":
         return dct.decode(latents)
-    return _decoder(params["decoder"], cfg, latents / cfg.scale_factor + cfg.shift_factor)
+    decoder = functools.partial(_decoder, params["decoder"], cfg)
+    z = latents / cfg.scale_factor + cfg.shift_factor
+    return _in_turn(decoder, z, math.prod(z.shape[2:]) * cfg.downsampling**2)
+
+
+def _in_turn(fn: Callable[[Tensor], Tensor], x: Tensor, pixels: int) -> Tensor:
+    """Returns fn(x) [B, ...], some samples at a time, of so many pixels each."""
+    parts = x.split(max(1, PIXELS_AT_ONCE // pixels))
+    return fn(x) if len(parts) == 1 else torch.cat([fn(part) for part in parts])
 
 
 def _encoder(params: Params, cfg: AutoencoderConfig, x: Tensor) -> Tensor:

@@ -90,6 +90,19 @@ def test_kl_draw_is_from_the_posterior():
     assert torch.equal(drawn, autoencoder.encode(params, SMALL, images))
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_samples_in_turn_are_the_batch(monkeypatch, at_once):
+    params, images, seen = tree.unflatten(weights(SMALL)), normal(5, 3, 16, 8), []
+    latents = autoencoder.encode(params, SMALL, images)
+    pixels = autoencoder.decode(params, SMALL, latents)
+    middle = autoencoder._middle
+    monkeypatch.setattr(autoencoder, "_middle", lambda params, x: (seen.append(len(x)), middle(params, x))[1])
+    monkeypatch.setattr(autoencoder, "PIXELS_AT_ONCE", at_once * 16 * 8 + 1)
+    torch.testing.assert_close(autoencoder.encode(params, SMALL, images), latents, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(autoencoder.decode(params, SMALL, latents), pixels, rtol=1e-12, atol=1e-12)
+    assert max(seen) == at_once and sum(seen) == 10
+
+
 def test_latents_are_scale_times_z_minus_shift():
     params = tree.unflatten(weights(SMALL))
     last = params["encoder"]["conv_out"]
