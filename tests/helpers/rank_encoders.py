@@ -7,7 +7,7 @@ import torch
 
 from flux_func import tree
 from flux_func.models import flux, text
-from flux_func.parallel import collectives, mesh
+from flux_func.parallel import collectives, mesh, placements
 from flux_func.train import encoders
 from tests.helpers import tiny_run
 
@@ -44,7 +44,7 @@ def encoded(
     def watched_rows(*args: Any) -> Any:
         return {path: _counting(rows, path, rows_read) for path, rows in reader(*args).items()}
 
-    text.load, text.t5_rows = watched_load, watched_rows
+    text.load, text.t5_rows, placements.BLOCK = watched_load, watched_rows, 1
     made = mesh.build(sizes)
     codec = encoders.build(config(folder, fields), CFG, torch.device("cpu"), made)
     first = codec.encode_text(codec.tokenize(CAPTIONS[: rank + 1]))

@@ -69,7 +69,7 @@ def test_worker_processes_and_resuming_change_nothing(tmp_path):
 def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(tmp_path, capsys):
     whole = losses(train(tmp_path / "whole", {"log.every": 2}))
     calls = itertools.count()
-    train(tmp_path / "parts", {"log.every": 2, "checkpoint.every": 3}, stop=lambda: "SIGTERM" * (next(calls) > 4))
+    train(tmp_path / "parts", {"log.every": 2, "checkpoint.every": 3}, stop=lambda: "SIGTERM" * (next(calls) > 1))
     [step] = checkpoint.steps(tmp_path / "parts")
     said = capsys.readouterr().out
     assert 0 < step < 4

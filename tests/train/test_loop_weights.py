@@ -74,7 +74,7 @@ def test_the_first_loss_is_that_of_diffusers_model_told_the_same_guidance(pipe, 
     given = fields(pipe, **{"train.steps": 1})
     [record] = train(tmp_path, given)
     assert record["loss"] == pytest.approx(their_loss(pipe, tiny_run.config(given), 1.0), rel=1e-5)
-    assert record["loss"] != pytest.approx(their_loss(pipe, tiny_run.config(given), 3.5), rel=1e-3)
+    assert record["loss"] != pytest.approx(their_loss(pipe, tiny_run.config(given), 20.0), rel=1e-3)
 
 
 def test_a_run_goes_on_without_the_weights_it_started_from(pipe, tmp_path):
