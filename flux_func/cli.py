@@ -46,15 +46,27 @@ def define_workdir(help_line: str, required: bool = True) -> None:
     flags.register_validator("workdir", lambda value: value != "", message="should name a folder")
 
 
-def run(main: Callable[[list[str]], int | None]) -> None:
-    """Runs a program: `main(argv)` under absl; UserError and flag errors print one line and exit with 2."""
+def run(main: Callable[[list[str]], int | None], alone: bool = False) -> None:
+    """Runs a program: `main(argv)` under absl; UserError and flag errors print one line and exit with 2.
+
+    Args:
+      main: the program.
+      alone: whether it is one process, of which a launcher should not start more.
+    """
     # In --flag=~/path a shell leaves the ~ as it is.
     sys.argv[1:] = [re.sub(r"(?<==)~(?=/)", os.path.expanduser("~"), arg, count=1) for arg in sys.argv[1:]]
     try:
-        rank, _ = processes.launched()
+        rank, count = processes.launched()
         if rank:
             _leave_talking_to_the_first(rank)
+        if alone and count > 1:
+            raise UserError(f"WORLD_SIZE is {count}: this program is one process; start it without torchrun")
         app.run(main, flags_parser=functools.partial(_parse, main))
+    except SystemExit as done:
+        # With the threads of a process group about, Python's own way out may end in an abort.
+        if not (_is_one_of_many() and isinstance(done.code, int | None)):
+            raise
+        _exit(done.code or 0)
     except UserError as error:
         _fail(error, isinstance(error, joining.Unreachable))
     except KeyboardInterrupt:

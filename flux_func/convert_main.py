@@ -20,7 +20,7 @@ from flux_func.train.state import DTYPES
 def run() -> None:
     """The console script."""
     _define_flags()
-    cli.run(main)
+    cli.run(main, alone=True)
 
 
 def _define_flags() -> None:

@@ -41,7 +41,7 @@ from flux_func.parity.problem import Problem
 def run() -> None:
     """The console script."""
     _define_flags()
-    cli.run(main)
+    cli.run(main, alone=True)
 
 
 def _define_flags() -> None:

@@ -50,7 +50,7 @@ def run() -> None:
     flags.DEFINE_float("network_gbps", None, "Of the network, for each device, in Gb/s; left out: as is usual with it.")
     flags.DEFINE_bool("trace", False, "Also run the training fold itself on fake tensors, and compare.")
     flags.DEFINE_string("json", None, "File to write the plans to.")
-    cli.run(main)
+    cli.run(main, alone=True)
 
 
 def main(argv: list[str]) -> int:

@@ -149,4 +149,5 @@ def leave(code: int) -> NoReturn:
         child.kill()
     with contextlib.suppress(Exception):
         sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)

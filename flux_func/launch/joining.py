@@ -11,6 +11,7 @@ import datetime
 import os
 import socket
 import time
+from collections.abc import Callable
 
 import torch.distributed as dist
 
@@ -75,6 +76,8 @@ def join(rank: int, count: int) -> dist.Store:
     end = time.monotonic() + limit
     if rank or by_agent():
         _reach(host, port, limit)
+    else:
+        _reach(host, port, limit, socket.getaddrinfo)
     try:
         return _open(host, port, count, end) if rank == 0 else _find(host, port, count, end)
     except dist.DistError as error:
@@ -87,7 +90,8 @@ def join(rank: int, count: int) -> dist.Store:
 
 def _open(host: str, port: int, count: int, end: float) -> dist.Store:
     agent = _client(host, port, end - time.monotonic()) if by_agent() else None
-    opened = dist.TCPStore(host, 0 if agent else port, is_master=True, wait_for_workers=False)
+    limit = datetime.timedelta(seconds=max(end - time.monotonic(), 1))
+    opened = dist.TCPStore(host, 0 if agent else port, is_master=True, timeout=limit, wait_for_workers=False)
     if agent:
         agent.set(_key(), str(opened.port))
     while opened.add("joined", 0) < count - 1:
@@ -120,12 +124,19 @@ def _client(host: str, port: int, limit: float) -> dist.Store:
     return dist.TCPStore(host, port, is_master=False, timeout=limit, wait_for_workers=False)
 
 
-def _reach(host: str, port: int, limit: float) -> None:
-    """Waits until something listens there: in Python, since torch's own store warns of every try on the console."""
+def _connect(host: str, port: int) -> None:
+    socket.create_connection((host, port), timeout=1).close()
+
+
+def _reach(host: str, port: int, limit: float, reach: Callable = _connect) -> None:
+    """Waits until something listens there, or at least (socket.getaddrinfo) until the host is known by its name.
+
+    In Python, since torch's own store warns of every try on the console, and does not look at signals meanwhile.
+    """
     end = time.monotonic() + limit
     while True:
         try:
-            socket.create_connection((host, port), timeout=max(end - time.monotonic(), 0.1)).close()
+            reach(host, port)
             return
         except OSError as error:  # a name that is not known yet, too: Kubernetes gives names late
             why = error.strerror or str(error)

@@ -27,6 +27,9 @@ from flux_func.parallel.mesh import AXES, Mesh
 Row = tuple[str, Mapping[str, int]]
 Table = Sequence[Row]
 
+# What a leaf of a block, and of its stream, begins with.
+_BLOCK_OF = re.compile(rf"\b({'|'.join(tree.LISTS)})\.\d+\.(img_|txt_)?")
+
 # Of the bytes of a tree, how many may be repeated because no dimension divides.
 MOST_UNASKED = 0.05
 # Numbers that may be read at a time, however small a process's part: `flux.drawing` draws blocks of so many.
@@ -243,10 +246,13 @@ def read(
 
 
 def describe(placements: Mapping[str, Placement], mesh: Mesh) -> list[tuple[str, str, str, int]]:
-    """Returns (leaf group, shape, placement, bytes per process), a group being the same leaf of every block."""
+    """Returns (leaf group, shape, placement, bytes per process), a group being the same leaf of every block.
+
+    A group is named by a pattern that fits it, so that a row for it can be copied from here.
+    """
     groups: dict[tuple, list[Placement]] = {}
     for path, placement in placements.items():
-        name = re.sub(rf"\b({'|'.join(tree.LISTS)})\.\d+\.(?:img_|txt_)?", r"\1.*.", path)
+        name = _BLOCK_OF.sub(lambda found: f"{found[1]}.*{'_' if found[2] else '.'}", path)
         groups.setdefault((name, placement), []).append(placement)
     return [
         (

@@ -31,8 +31,8 @@ from flux_func.parallel import placements as layouts
 from flux_func.parallel.mesh import ONE, Mesh
 from flux_func.parallel.placements import Placement
 from flux_func.train import meeting
-from flux_func.train.room import check_room
 from flux_func.train.state import DTYPES, size_in_bytes
+from flux_func.train.workdir import check_room
 
 # What `restore` reads at a time, unless a single leaf is larger: the memory it takes on top of the state itself.
 GROUP_BYTES = 256 << 20

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from flux_func.parallel.mesh import ONE, Mesh
 from flux_func.parallel.sharding import Sharding
 from flux_func.train import checkpoint, encoders, generate, layout, metrics, optimizer, state, validate
 from flux_func.train import step as steps
+from flux_func.train import workdir as workdirs
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,15 @@ def train(
     with processes.together():
         resumed, run = prepare(config, workdir, device, mesh)
     current, start = begin(run, resumed), resumed or 0
-    if processes.is_first():
-        run.workdir.mkdir(parents=True, exist_ok=True)
-        metrics.write_json(run.workdir / "config.json", to_json(config))
-    with (
-        checkpoint.Checkpoints(workdir, config.checkpoint.keep_last, config.checkpoint.keep_every) as checkpoints,
-        metrics.open_metrics(
+    with contextlib.ExitStack() as held:
+        with processes.together():
+            if processes.is_first():
+                held.enter_context(workdirs.keeping_others_out(run.workdir))
+        if processes.is_first():
+            metrics.write_json(run.workdir / "config.json", to_json(config))
+        kept = config.checkpoint.keep_last, config.checkpoint.keep_every
+        checkpoints = held.enter_context(checkpoint.Checkpoints(workdir, *kept))
+        opened = metrics.open_metrics(
             workdir,
             config.train.steps,
             start,
@@ -80,8 +83,8 @@ def train(
             wandb=config.metrics.wandb,
             config=to_json(config),
             first=processes.is_first(),
-        ) as writer,
-    ):
+        )
+        writer = held.enter_context(opened)
         writer.say(layout.say(state.placement(state.abstract(config, run.cfg, run.optimizer), run.sharding), mesh))
         with contextlib.closing(batches(run, start)) as data:
             step, signal = loop(run, current, start, data, checkpoints, writer, stop)
@@ -92,7 +95,7 @@ def prepare(
     config: ml_collections.ConfigDict, workdir: str, device: torch.device, mesh: Mesh
 ) -> tuple[int | None, Run]:
     """Checks everything that can be checked and builds what a run needs; writes nothing."""
-    check_workdir(workdir)
+    workdirs.check_workdir(workdir)
     if config.metrics.wandb:
         metrics.import_wandb(config.metrics.wandb)
     resumed = None
@@ -108,7 +111,7 @@ def prepare(
     chosen, (cfg, weights) = optimizer.from_config(config), choose_model(config, workdir, resumed)
     sharding = layout.build(config, cfg, chosen, mesh, device)
     upcoming = [step for step in range(resumed or 0, config.train.steps) if due(step, config.checkpoint.every)]
-    checkpoint.check_room(
+    workdirs.check_room(
         workdir,
         state.size_in_bytes(state.abstract(config, cfg, chosen)),
         [*upcoming, config.train.steps],
@@ -141,16 +144,6 @@ def choose_model(
     path = config.model.weights
     weights = state.find_weights(path, "transformer", "model.weights") if path else None
     return state.model_config(config, weights), weights
-
-
-def check_workdir(workdir: str) -> None:
-    """Checks that the workdir is a folder that can be written to, or can be made one; UserError if not."""
-    path = Path(workdir).absolute()
-    there = next(p for p in (path, *path.parents) if os.path.lexists(p))
-    if not there.is_dir():
-        raise UserError(f"workdir is {workdir!r}: {there} is not a folder; name another --workdir")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"workdir is {workdir!r}: {there} may not be written to; name another --workdir")
 
 
 def needs_validation(config: ml_collections.ConfigDict) -> bool:

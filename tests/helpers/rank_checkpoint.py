@@ -18,7 +18,8 @@ from flux_func.interop import arrays, orbax
 from flux_func.models import flux
 from flux_func.parallel import mesh as meshes
 from flux_func.parallel import placements
-from flux_func.train import checkpoint, room
+from flux_func.train import checkpoint
+from flux_func.train import workdir as workdirs
 
 CFG = flux.flavor("flux-tiny")
 FSDP = (("*", {"shard": 0, "context": 0}),)
@@ -120,11 +121,11 @@ def _attempts(rank, workdir, checkpoints, state, where, mesh):
     if rank == 1:
         placements.local(large["params"]["img_in"]["weight"])[0, 0] = 1e6
     yield lambda: checkpoint.weights(large, "float16")
-    usage = room.shutil.disk_usage
+    usage = workdirs.shutil.disk_usage
     if rank == 0:
-        room.shutil.disk_usage = lambda path: SimpleNamespace(free=10**6)
+        workdirs.shutil.disk_usage = lambda path: SimpleNamespace(free=10**6)
     yield lambda: checkpoints.save(2, state, CFG, {})
-    room.shutil.disk_usage = usage
+    workdirs.shutil.disk_usage = usage
     if rank == 1:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))

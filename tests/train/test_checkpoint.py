@@ -19,7 +19,8 @@ from flux_func import config, tree
 from flux_func.errors import UserError
 from flux_func.interop import orbax
 from flux_func.models import flux
-from flux_func.train import checkpoint, room
+from flux_func.train import checkpoint
+from flux_func.train import workdir as workdirs
 from flux_func.train.state import size_in_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -206,7 +207,8 @@ def test_kill_in_the_middle_of_a_save_leaves_whole_checkpoints(tmp_path):
     code = """
 import os, signal, sys, torch
 from flux_func.models.flux import FLAVORS
-from flux_func.train import checkpoint, room
+from flux_func.train import checkpoint
+from flux_func.train import workdir as workdirs
 CFG = FLAVORS["flux-tiny"]
 state = lambda step: {"params": {"w": torch.full((8, 1 << 20), float(step))}, "opt": {"step": torch.tensor(step)}}
 checkpoints = checkpoint.Checkpoints(sys.argv[1])
@@ -232,7 +234,8 @@ def test_a_write_that_fails_is_one_line_and_leaves_the_last_whole(tmp_path):
 import resource, signal, sys, torch
 from flux_func.errors import UserError
 from flux_func.models.flux import FLAVORS
-from flux_func.train import checkpoint, room
+from flux_func.train import checkpoint
+from flux_func.train import workdir as workdirs
 CFG = FLAVORS["flux-tiny"]
 state = lambda n: {"params": {"double_blocks": [{"w": torch.ones(256, 1024)} for _ in range(n)]}}
 checkpoints = checkpoint.Checkpoints(sys.argv[1], keep_last=1)
@@ -267,7 +270,7 @@ def test_no_room_is_an_error_before_anything_is_written(tmp_path, monkeypatch):
         return SimpleNamespace(free=free)
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
-    free = size_in_bytes(state) + room.MARGIN_BYTES - 1
+    free = size_in_bytes(state) + workdirs.MARGIN_BYTES - 1
     with checkpoint.Checkpoints(workdir) as checkpoints:
         with pytest.raises(UserError) as error:
             checkpoints.save(1, state, CFG, {})
@@ -279,27 +282,6 @@ def test_no_room_is_an_error_before_anything_is_written(tmp_path, monkeypatch):
         free += 1
         checkpoints.save(1, state, CFG, {}, wait=True)
     assert checkpoint.steps(workdir) == [1]
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    there=st.lists(st.integers(1, 30), max_size=6, unique=True).map(sorted),
-    more=st.lists(st.integers(31, 60), min_size=1, max_size=12, unique=True).map(sorted),
-    keep_last=st.integers(0, 4),
-    keep_every=st.integers(0, 7),
-)
-def test_room_is_asked_for_the_most_that_is_ever_held(there, more, keep_last, keep_every):
-    def prune(steps):
-        last = steps[-keep_last:] if keep_last else steps
-        return [step for step in steps if step in last or (keep_every and step % keep_every == 0)]
-
-    held, most = prune(there), 0
-    start = len(held)
-    for step in more:
-        held.append(step)
-        most = max(most, len(held) - start)
-        held = prune(held)
-    assert max(1, room._most_held(prune(there) + more, keep_last, keep_every) - start) == most
 
 
 def test_check_room_counts_what_will_be_there(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from flux_func.errors import UserError
 from flux_func.models import flops, flux
 from flux_func.train import checkpoint, encoders, generate, loop, metrics, state
 from flux_func.train import step as steps
+from flux_func.train import workdir as workdirs
 from tests.helpers import tiny_data, tiny_run
 from tests.helpers.tiny_run import CPU, identical, losses, records, stored, train
 
@@ -239,3 +240,12 @@ def test_the_data_is_closed_whatever_happens(tmp_path, monkeypatch):
         train(tmp_path, {"train.steps": 2})
     # Held here, so that nothing but an explicit close has ended them.
     assert [data.gi_frame for data in made] == [None, None]
+
+
+def test_one_run_at_a_time_writes_in_a_workdir(tmp_path):
+    with workdirs.keeping_others_out(tmp_path / "work"):
+        before = tiny_run.snapshot(tmp_path / "work")
+        with pytest.raises(UserError, match="another run is writing there; wait for it, or name another --workdir"):
+            train(tmp_path / "work")
+        assert tiny_run.snapshot(tmp_path / "work") == before
+    assert len(train(tmp_path / "work")) == 4
