@@ -29,7 +29,7 @@ def test_a_mesh_and_its_trace(capfd, tmp_path):
     planned(*TINY, "--mesh=replicate=2,shard=16,context=2", "--trace", f"--json={out}", "--device=h100")
     said = capfd.readouterr().out
     assert "replicate=2 x shard=16 x context=2: a process has params" in said
-    assert "double_blocks.*.attn.qkv.weight (x4)" in said and "dimension 0 over shard=16 x context=2" in said
+    assert "double_blocks.*_attn.qkv.weight (x4)" in said and "dimension 0 over shard=16 x context=2" in said
     assert "64 h100, 8 to a node; batch 256: 1 x 8 on a process" in said
     assert "fits: h100 has 79.65 GiB" in said
     rows = [line.split() for line in said.rpartition("planned")[2].splitlines()[1:] if line]
