@@ -235,7 +235,7 @@ def choose_mesh(shard: int, count: int) -> dict[str, int]:
 
 def lay_out(cfg: flux.FluxConfig, sizes: Mapping[str, int], dtype: torch.dtype, device: torch.device) -> Sharding:
     """Returns where the model's weights are; UserError where they do not divide."""
-    mesh, shapes = meshes.build(sizes, device.type), tree.flatten(flux.abstract(cfg, dtype))
+    mesh, shapes = meshes.build(sizes, device.type, processes.limit()), tree.flatten(flux.abstract(cfg, dtype))
     places = placements.resolve((("*", {"shard": 0}),), shapes, mesh, "--shard")
     return Sharding(mesh, tree.unflatten(places), compute=dtype, device=device)
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from flux_func.errors import UserError
-from flux_func.launch import joining
+from flux_func.launch import gloo, joining
 
 _joined: list[dist.Store] = []
 
@@ -49,14 +49,18 @@ def start(device: torch.device) -> None:
     rank, count = launched()
     if count == 1:
         return
-    backend = "gloo"
+    backend = gloo.register()
     if device.type == "cuda":
-        backend = "cpu:gloo,cuda:nccl"
+        backend = f"cpu:{backend},cuda:nccl"
         torch.cuda.set_device(_local_device(rank, torch.cuda.device_count()))
     _joined.append(joining.join(rank, count))
-    limit = datetime.timedelta(seconds=joining.number(joining.COLLECTIVE, 1))
-    _joined[0].set_timeout(limit)
-    dist.init_process_group(backend, store=_joined[0], rank=rank, world_size=count, timeout=limit)
+    _joined[0].set_timeout(limit())
+    dist.init_process_group(backend, store=_joined[0], rank=rank, world_size=count, timeout=limit())
+
+
+def limit() -> datetime.timedelta:
+    """Returns what a collective operation may take, which FLUX_FUNC_COLLECTIVE_SECONDS gives."""
+    return datetime.timedelta(seconds=joining.number(joining.COLLECTIVE, 1))
 
 
 def stop() -> None:

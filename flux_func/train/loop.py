@@ -63,7 +63,7 @@ def train(
     """
     processes.agree({"workdir": workdir, **dict(configs.flat(config))})
     configs.validate(config)
-    mesh = meshes.build(config.parallel, "cpu" if config.parallel.offload else device.type)
+    mesh = meshes.build(config.parallel, "cpu" if config.parallel.offload else device.type, processes.limit())
     with processes.together():
         resumed, run = prepare(config, workdir, device, mesh)
     current, start = begin(run, resumed), resumed or 0

@@ -71,10 +71,12 @@ def _work(pipe: Any, store: str, rank: int, world: int, timeout: float, fn: Call
     import torch
     import torch.distributed as dist
 
+    from flux_func.launch import gloo
+
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
-            "gloo",
+            gloo.register(),
             store=dist.FileStore(store, world),
             rank=rank,
             world_size=world,

@@ -77,3 +77,8 @@ def test_groups_are_the_ranks_along_their_axes():
             for axes, members in answer.items()
             if axes != "places"
         )
+
+
+def test_a_groups_limit_is_the_one_asked_for():
+    said = ranks.run(4, rank_mesh.waits, 1.5)
+    assert "1500ms" in said[0] and not any(said[1:])
