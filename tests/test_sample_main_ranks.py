@@ -140,6 +140,6 @@ def test_a_split_that_does_not_divide_is_refused(shard):
 
 def test_weights_that_do_not_divide_are_refused(monkeypatch):
     planned = Mesh({"replicate": 1, "shard": 7, "context": 1})
-    monkeypatch.setattr(sample_main.meshes, "build", lambda sizes, device_type: planned)
+    monkeypatch.setattr(sample_main.meshes, "build", lambda sizes, device_type, limit: planned)
     with pytest.raises(UserError, match=r"--shard splits over shard=7: .*; sizes of shard that would: 1, 2, 4, 8"):
         sample_main.lay_out(CFG, planned.sizes, torch.float32, tiny_run.CPU)
