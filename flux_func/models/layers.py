@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from flux_func.models.attention import attention
+
 Params = dict[str, Any]
 Rope = tuple[Tensor, Tensor]
 
@@ -42,11 +44,6 @@ def linear(params: Params, x: Tensor, path: str) -> Tensor:
     """
     del path
     return F.linear(x, params["weight"], params.get("bias"))
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Returns softmax(q k^T / sqrt(D)) v of every token to every token; [B, H, L, D] each, to [B, L, H*D]."""
-    return rearrange(F.scaled_dot_product_attention(q, k, v), "B H L D -> B L (H D)")
 
 
 def _same(fn: Callable, stage: Any) -> Callable:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from flux_func.errors import UserError
-from flux_func.models import layers
+from flux_func.models import attention, layers
 from flux_func.models.layers import at_least_float32
 from flux_func.parallel import collectives
 from flux_func.parallel.collectives import Members
@@ -29,9 +29,6 @@ from flux_func.parallel.mesh import Mesh
 
 KINDS = ("all_gather", "ulysses", "ring")
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-# Of the scores of a block without a kernel of its own, how many are there at once.
-SCORES = 1 << 24
 
 
 def context_attention(kind: str, mesh: Mesh, heads: int, ulysses: int = -1) -> Attention:
@@ -121,12 +118,7 @@ def _exchanged(group: ProcessGroup, degree: int, inner: Attention, q: Tensor, k:
 def _ring(members: Members, stride: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attends to the tokens of every process that is some multiple of `stride` places away."""
     function = _Ring if torch.compiler.is_compiling() else _RingEverywhere
-    return rearrange(function.apply(_packed(q), k, v, members, stride)[0], "B H l D -> B l (H D)")
-
-
-def _packed(x: Tensor) -> Tensor:
-    # Kernels want the numbers of a head side by side.
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return rearrange(function.apply(attention.packed(q), k, v, members, stride)[0], "B H l D -> B l (H D)")
 
 
 class _Ring(torch.autograd.Function):
@@ -184,7 +176,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, members: Members, stride: int) -> t
     kv, out, total = torch.stack((k, v)), None, None
     for left in reversed(range(members.size // stride)):
         coming = collectives.start_permute(kv, stride, members) if left else None
-        block, block_total = _block(q, *kv.unbind(0))
+        block, block_total = attention.block(q, *kv.unbind(0))
         block = block.to(at_least_float32(q.dtype))
         if out is None:
             out, total = block, block_total
@@ -200,11 +192,11 @@ def _attend_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, total: Tensor, members: Members, stride: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Passes keys and values round, and a step behind them what each process adds to their gradients."""
-    wide, grad = at_least_float32(q.dtype), _packed(grad)
+    wide, grad = at_least_float32(q.dtype), attention.packed(grad)
     kv, dq, arriving = torch.stack((k, v)), torch.zeros_like(q, dtype=wide), None
     for left in reversed(range(members.size // stride)):
         coming = collectives.start_permute(kv, stride, members) if left else None
-        block = _block_backward(grad, q, *kv.unbind(0), out, total)
+        block = attention.block_backward(grad, q, *kv.unbind(0), out, total)
         dq += block[0]
         dkv = torch.stack(block[1:]).to(wide)
         if arriving is not None:
@@ -214,76 +206,3 @@ def _attend_backward(
         kv = collectives.wait(coming) if left else kv
     dk, dv = collectives.wait(arriving).to(q.dtype).unbind(0)
     return dq.to(q.dtype), dk, dv
-
-
-# One block of keys and values: torch's kernels give the logarithm of the sum of exponentials too, and take the whole
-# sequence's in their backward, so that the probabilities are those of the whole.
-
-
-def _kernel(q: Tensor) -> str:
-    if q.device.type == "cpu":
-        return "cpu"
-    flash = q.device.type == "cuda" and q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-    return "cuda" if flash else "products"
-
-
-def _block(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns (output [B, H, l, D], log of the sum of exponentials [B, H, l])."""
-    if (kernel := _kernel(q)) == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    if kernel == "cuda":
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
-    return _products(q, k, v)
-
-
-def _block_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, total: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns what one block adds to the gradients of q, and gives those of its k and v."""
-    if (kernel := _kernel(q)) == "cpu":
-        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return backward(grad, q, k, v, out, total, 0.0, False)
-    if kernel == "cuda":
-        backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
-        # The state of a dropout that there is not.
-        state = [torch.empty(shape, dtype=torch.uint64, device=q.device) for shape in (2, ())]
-        return backward(grad, q, k, v, out, total, None, None, q.shape[2], k.shape[2], 0.0, False, *state)
-    return _products_backward(grad, q, k, v, out, total)
-
-
-def _products(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """A block by matrix products, so many queries at a time that the memory is linear in the tokens."""
-    q, k, v = _widened(q, k, v)
-    outs, totals = [], []
-    for part in q.split(_rows(q, k), dim=2):
-        scores = part @ k.mT
-        totals.append(scores.logsumexp(-1))
-        outs.append((scores - totals[-1][..., None]).exp() @ v)
-    return torch.cat(outs, dim=2), torch.cat(totals, dim=2)
-
-
-def _products_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, total: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    scale = q.shape[-1] ** -0.5
-    q, k, v = _widened(q, k, v)
-    grad, out = grad.to(q.dtype), out.to(q.dtype)
-    dq, dk, dv, rows = [], torch.zeros_like(k), torch.zeros_like(v), _rows(q, k)
-    drawn = (grad * out).sum(-1, keepdim=True)
-    parts = (x.split(rows, dim=2) for x in (q, grad, total[..., None], drawn))
-    for part_q, part_grad, part_total, part_drawn in zip(*parts, strict=True):
-        weights = (part_q @ k.mT - part_total).exp()
-        dv += weights.mT @ part_grad
-        dscores = weights * (part_grad @ v.mT - part_drawn)
-        dq.append(dscores @ k * scale)
-        dk += dscores.mT @ part_q
-    return torch.cat(dq, dim=2), dk, dv
-
-
-def _widened(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    wide = at_least_float32(q.dtype)
-    return q.to(wide) * q.shape[-1] ** -0.5, k.to(wide), v.to(wide)
-
-
-def _rows(q: Tensor, k: Tensor) -> int:
-    return max(1, SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))

@@ -5,8 +5,8 @@ import contextlib
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flux_func.models import attention as kernels
 from flux_func.models import layers
 from flux_func.parallel import attention, collectives
 from flux_func.parallel import mesh as meshes
@@ -85,9 +85,9 @@ def counted(rank, cases):
     return found
 
 
-def products(rank, scores):
-    """The ring's errors where a device has no kernel, with so few scores at once that queries are in chunks."""
-    attention._kernel, attention.SCORES = lambda q: "products", scores
+def products(rank, rows):
+    """The ring's results where a device has no kernel, with so many queries at once."""
+    kernels._kernel, kernels.ROWS = lambda q, k: "products", rows
     [found] = results(rank, [("ring", -1, (4, 12), torch.float64)])
     return found
 
@@ -125,19 +125,18 @@ def _transforms(mesh, lengths, kind, ulysses):
     found["compiled"] = errors(torch.autograd.grad(compiled, leaves), expected_grad(*full))
     if kind == "ring" or ulysses not in (-1, mesh.size()):
         return found | {"refused": _refusals(loss, grad, mine[:3], tangent)}
-    with sdpa_kernel(SDPBackend.MATH):
-        value = torch.func.jvp(loss, tuple(mine[:3]), tuple(tangent))[1]
-        dist.all_reduce(value)
-        found["jvp"] = abs(value - torch.func.jvp(reference, tuple(full), tuple(full_tangent))[1]).item()
-        second, expected = (
-            torch.func.jvp(fn, tuple(at), tuple(along))[1]
-            for fn, at, along in ((grad, mine[:3], tangent), (expected_grad, full, full_tangent))
-        )
-        found["jvp(grad)"] = errors(second, expected)
-        second = torch.func.grad(
-            lambda *at: sum((g * t).sum() for g, t in zip(grad(*at), tangent, strict=True)), argnums=(0, 1, 2)
-        )(*mine[:3])
-        found["grad(grad)"] = errors(second, expected)
+    value = torch.func.jvp(loss, tuple(mine[:3]), tuple(tangent))[1]
+    dist.all_reduce(value)
+    found["jvp"] = abs(value - torch.func.jvp(reference, tuple(full), tuple(full_tangent))[1]).item()
+    second, expected = (
+        torch.func.jvp(fn, tuple(at), tuple(along))[1]
+        for fn, at, along in ((grad, mine[:3], tangent), (expected_grad, full, full_tangent))
+    )
+    found["jvp(grad)"] = errors(second, expected)
+    second = torch.func.grad(
+        lambda *at: sum((g * t).sum() for g, t in zip(grad(*at), tangent, strict=True)), argnums=(0, 1, 2)
+    )(*mine[:3])
+    found["grad(grad)"] = errors(second, expected)
     return found
 
 

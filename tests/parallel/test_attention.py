@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flux_func.errors import UserError
 from flux_func.models import layers
@@ -63,23 +62,13 @@ def test_bfloat16_is_as_near_as_its_own_attention(world):
                 assert relative(got, want) <= 2 * relative(theirs.double(), want), case
 
 
-@pytest.mark.parametrize("scores", [1, 1 << 24])
-def test_a_device_without_kernels_has_the_same_numbers(scores):
-    shares = zip(*ranks.run(2, rank_attention.products, scores), strict=True)
+@pytest.mark.parametrize("rows", [1, 128])
+def test_a_device_without_kernels_has_the_same_numbers(rows):
+    shares = zip(*ranks.run(2, rank_attention.products, rows), strict=True)
     expected = rank_attention.plain(*rank_attention.draw((4, 12)))
     for share, want in zip(shares, expected, strict=True):
         got = rank_attention.whole([torch.from_numpy(x) for x in share], (4, 12))
         assert relative(got, want) <= 1e-14
-
-
-def test_cuda_kernels_are_called_as_torch_declares_them():
-    with FakeTensorMode():
-        q = torch.empty(2, 8, 16, 128, dtype=torch.bfloat16, device="cuda")
-        out, total = attention._block(q, q, q)
-        grads = attention._block_backward(q, q, q, q, out, total)
-    assert attention._kernel(q) == "cuda"
-    assert total.shape == (2, 8, 16) and total.dtype == torch.float32
-    assert all((x.shape, x.dtype, x.device) == (q.shape, q.dtype, q.device) for x in (out, *grads))
 
 
 def test_transforms_and_compilation_give_the_same_derivatives_or_say_that_there_are_none():

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from flux_func import tree
 from flux_func.flow import path
 from flux_func.models import flux
-from flux_func.models.layers import Ops
 from flux_func.transforms import curvature
 
 TYPE = torch.float64
@@ -277,7 +276,6 @@ def test_fisher_diagonal_is_the_mean_of_squares():
 CFG = flux.FluxConfig(
     hidden_size=24, num_heads=2, depth=1, depth_single_blocks=1, axes_dim=(4, 4, 4), vec_in_dim=8, context_in_dim=16
 )
-NAIVE = Ops(attention=lambda q, k, v: (torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1) @ v).transpose(1, 2).flatten(2))
 MLPS = ["*_blocks.*.img_mlp.2.*", "single_blocks.*.linear1.bias"]
 
 
@@ -300,14 +298,14 @@ def test_hvp_of_flux_is_the_difference_of_gradients(tiny, patterns):
     at = tree.flatten(params) if patterns is None else tree.select(params, patterns)
     flat = {name: normal(i, *leaf.shape) for i, (name, leaf) in enumerate(at.items())}
     v = tree.unflatten(flat) if patterns is None else flat
-    found = curvature.hvp(path.loss, params, v, CFG, batch, NAIVE, patterns=patterns)
+    found = curvature.hvp(path.loss, params, v, CFG, batch, patterns=patterns)
     if patterns is None:
         assert tree.map(lambda leaf: leaf.shape, found) == tree.map(lambda leaf: leaf.shape, params)
     h, whole = 1e-5, tree.flatten(params)
 
     def gradient(sign):
         moved = tree.unflatten(whole | {name: leaf + sign * h * flat[name] for name, leaf in at.items()})
-        return tree.flatten(torch.func.grad(path.loss)(moved, CFG, batch, NAIVE))
+        return tree.flatten(torch.func.grad(path.loss)(moved, CFG, batch))
 
     plus, minus, found = gradient(1), gradient(-1), tree.flatten(found)
     norm = ravel(found).norm()
@@ -317,8 +315,8 @@ def test_hvp_of_flux_is_the_difference_of_gradients(tiny, patterns):
 
 def test_every_estimate_works_on_flux(tiny):
     params, batch = tiny
-    args, bias = (path.loss, params, CFG, batch, NAIVE), ["double_blocks.0.img_attn.proj.bias"]
-    product = lambda v: curvature.hvp(path.loss, params, v, CFG, batch, NAIVE, patterns=bias)  # noqa: E731
+    args, bias = (path.loss, params, CFG, batch), ["double_blocks.0.img_attn.proj.bias"]
+    product = lambda v: curvature.hvp(path.loss, params, v, CFG, batch, patterns=bias)  # noqa: E731
     matrix = columns(product, tree.select(params, bias))
     torch.testing.assert_close(matrix, matrix.T, rtol=1e-9, atol=1e-12)
     top = curvature.eigenpairs(*args, seed=0, steps=24, patterns=bias)
@@ -328,7 +326,7 @@ def test_every_estimate_works_on_flux(tiny):
     diagonal = curvature.diagonal(*args, seed=0, probes=1, patterns=MLPS)
     assert list(diagonal) == list(tree.select(params, MLPS))
     sampled = curvature.fisher_diagonal(*args, chunk=2, patterns=MLPS)
-    one = lambda i: torch.func.grad(path.loss)(params, CFG, {k: v[i : i + 1] for k, v in batch.items()}, NAIVE)  # noqa: E731
+    one = lambda i: torch.func.grad(path.loss)(params, CFG, {k: v[i : i + 1] for k, v in batch.items()})  # noqa: E731
     expected = torch.stack([ravel(tree.select(one(i), MLPS)).square() for i in range(3)]).mean(0)
     torch.testing.assert_close(ravel(sampled), expected, rtol=1e-10, atol=1e-16)
 
