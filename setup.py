@@ -41,6 +41,7 @@ EXTRAS = {
         "hypothesis>=6.150",
         "jsonschema>=4.26",
         "packaging>=25.0",
+        "peft>=0.21",
         "psutil>=7.0",
         "pytest>=9.0",
         "pytest-xdist>=3.8",

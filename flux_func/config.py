@@ -4,6 +4,7 @@ A file of `configs/` starts from `default()` and states only what differs. Any f
 line (`--config.train.steps=20`); the tree is locked, so a mistyped field is an error that names the nearest one.
 """
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -86,6 +87,7 @@ def default() -> ml_collections.ConfigDict:
         offload=False,  # keep parameters, moments and averages in the host's memory, and update them there
         # Tables: (pattern, {mesh axis: dimension}), the first that fits a path counts; see parallel/placements.py.
         params=(("*", {"shard": 0, "context": 0}),),
+        lora=(("*", {}),),  # a LoRA and its moments, params being the table of the weights under it
         moments=(),  # none: as params; where params are repeated they may be split (ZeRO)
         batch=(("*", {"replicate": 0, "shard": 0}),),
         activations=(("rope", {"context": 2}), ("*", {"context": 1})),
@@ -96,6 +98,11 @@ def default() -> ml_collections.ConfigDict:
         param="float32",  # type of parameters and moments: "float32" or "bfloat16"
         compute="float32",  # type that parameters are cast to before each stage: "float32" or "bfloat16"
         reduce="float32",  # type that gradients are added up in, over micro-batches and processes
+    )
+    config.lora = dict(
+        rank=0,  # of what is added to linears' weights and trained in their place; 0: the weights are trained
+        alpha=0.0,  # it is scaled by alpha / rank; 0: the rank, for a scale of 1
+        patterns=("double_blocks.*", "single_blocks.*"),  # of the linears: "*_attn.qkv", "single_blocks.*.linear1"
     )
     config.ema = dict(decay=0.0)  # of the averaged weights; 0: none are kept
     config.validate = dict(
@@ -179,6 +186,8 @@ NOT_NEGATIVE = (
     "checkpoint.keep_every",
     "log.every",
     "metrics.peak_tflops",
+    "lora.rank",
+    "lora.alpha",
 )
 FRACTIONS = ("data.prompt_dropout", "data.validation_fraction", "ema.decay", "optimizer.final_lr_fraction")
 PATH_NEEDED = {"data.source": ("wds", "folder", "hf")}
@@ -254,6 +263,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     remedy = "should name an ae.safetensors (or set autoencoder.random_init to try a set-up out)"
     _check(fields, "autoencoder.path", fields["autoencoder.path"] or not weightless, remedy)
     _check_text(fields)
+    _check_lora(fields)
     ulysses = fields["parallel.ulysses"]
     used = ulysses == -1 or fields["parallel.attention"] == "ulysses"
     _check(fields, "parallel.ulysses", used, "is read only where parallel.attention is 'ulysses'")
@@ -277,6 +287,21 @@ def _check_text(fields: Mapping[str, Any]) -> None:
     needed = "should be set, as text.kind is 'hf' (or both of text.t5 and text.clip)"
     _check(fields, "text.path", fields["text.kind"] != "hf" or path or own, needed)
     _check(fields, "text.path", not (path and own), "is not read where both of text.t5 and text.clip are set")
+
+
+def _check_lora(fields: Mapping[str, Any]) -> None:
+    usual, rank = dict(flat(default())), fields["lora.rank"]
+    for field in ("lora.alpha", "lora.patterns", "parallel.lora"):
+        as_usual = json.dumps(fields[field]) == json.dumps(usual[field])  # a tuple in one is a list in the other
+        _check(fields, field, rank or as_usual, "is read only where lora.rank is above 0")
+    something = fields["model.weights"] or fields["model.init"] != usual["model.init"]
+    remedy = "needs model.weights to adapt: before pre-training the last layer is zero, and a LoRA would learn nothing"
+    _check(fields, "lora.rank", something or not rank, remedy)
+    patterns = fields["lora.patterns"]
+    texts = patterns and all(isinstance(pattern, str) for pattern in patterns)
+    _check(fields, "lora.patterns", texts, "should be patterns of linears, such as 'double_blocks.*'")
+    remedy = f"is not read where lora.rank is {rank}: a LoRA's moments are where parallel.lora has it"
+    _check(fields, "parallel.moments", not (rank and fields["parallel.moments"]), remedy)
 
 
 def _fields(config: Mapping[str, Any]) -> dict[str, Any]:

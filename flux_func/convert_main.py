@@ -4,17 +4,24 @@
     convert_main --from=WORKDIR --ema --to=flux1-mine.safetensors --format=bfl --dtype=bfloat16
     convert_main --from=hf://black-forest-labs/FLUX.1-dev --to=FLUX.1-dev --format=diffusers
 
+    convert_main --from=style.safetensors --to=style_diffusers.safetensors --format=diffusers
+
 What --from holds is told from its content. A pipeline becomes a whole pipeline again. docs/weights.md has the formats.
+A LoRA's file, or the folder of a run that trained one, becomes a LoRA's file: docs/lora.md.
 """
 
 import sys
 
+import torch
 from absl import flags
 from tqdm import tqdm
 
-from flux_func import cli
-from flux_func.interop import conversion, target, weights
+from flux_func import cli, tree
+from flux_func.errors import UserError
+from flux_func.interop import conversion, hub, lora_files, target, weights
+from flux_func.train import adapt
 from flux_func.train.state import DTYPES
+from flux_func.transforms import lora
 
 
 def run() -> None:
@@ -32,7 +39,8 @@ def _define_flags() -> None:
         required=True,
     )
     flags.DEFINE_string("to", None, "File (.safetensors) or folder to write.", required=True)
-    flags.DEFINE_enum("format", None, weights.FORMATS, "What to write.", required=True)
+    formats = list(dict.fromkeys((*weights.FORMATS, *lora_files.FORMATS)))
+    flags.DEFINE_enum("format", None, formats, "What to write; kohya is for LoRAs alone.", required=True)
     flags.DEFINE_enum("dtype", None, list(DTYPES), "Type of the weights; left out: as they are.")
     flags.DEFINE_enum("part", None, conversion.PARTS, "Which part; left out: all that --to can hold.")
     flags.DEFINE_integer("step", None, "Of a run: which checkpoint; left out: the newest.")
@@ -50,6 +58,11 @@ def main(argv: list[str]) -> None:
     dtype = DTYPES[given["dtype"].value] if given["dtype"].value else None
     if not given.overwrite:
         target.check(to, 0)  # before anything is downloaded
+    if updates := find_lora(source, given.step, given.ema):
+        convert_lora(updates, source, to, dtype)
+        return
+    if given.format not in weights.FORMATS:
+        raise UserError(f"--format is {given.format!r}: is for LoRAs, and {source} holds none; choose another")
     plan = conversion.plan(source, to, given.format, dtype, given.part, given.step, given.ema)
     conversion.check(plan, given.overwrite)
     say(plan)
@@ -60,6 +73,27 @@ def main(argv: list[str]) -> None:
         print(f"interrupted: {to} is as it was, or new and whole", file=sys.stderr)
         raise
     print(f"{to}: written in format {plan.format}, {tqdm.format_sizeof(plan.size())}B")
+
+
+def find_lora(source: str, step: int | None, ema: bool) -> lora_files.Updates:
+    """Returns the LoRA in a file or in a run's folder, by path; {} where there is something else."""
+    if adapt.is_run(source):
+        return lora.updates(adapt.of_run(source, step, ema))
+    if hub.is_address(source) or step is not None or ema or not lora_files.is_lora(source):
+        return {}
+    return lora_files.read(source)
+
+
+def convert_lora(updates: lora_files.Updates, source: str, to: str, dtype: torch.dtype | None) -> None:
+    """Writes a LoRA as the flags say."""
+    given = flags.FLAGS
+    if given.part is not None:
+        raise UserError(f"--part is {given.part!r}: is not read for a LoRA, which {source} is; leave it out")
+    lora_files.check(to, given.format)
+    count = sum(leaf.numel() for leaf in tree.leaves(dict(updates)))
+    print(f"{source}: LoRA of {len(updates)} linears, {count:,} parameters", flush=True)
+    lora_files.save(to, updates, given.format, dtype, given.overwrite)
+    print(f"{to}: written in format {given.format}")
 
 
 def say(plan: conversion.Plan) -> None:

@@ -146,6 +146,10 @@ class Asked(NamedTuple):
 
 def prepare(config: ml_collections.ConfigDict) -> Asked:
     """Returns what a config asks for; UserError where that cannot be."""
+    if config.lora.rank:
+        raise UserError(
+            f"lora.rank is {config.lora.rank}: what a LoRA takes is not planned; set it to 0 for the weights"
+        )
     path, chosen = config.model.weights, optimizer.from_config(config)
     cfg = state.model_config(config, state.find_weights(path, "transformer", "model.weights") if path else None)
     return Asked(config, cfg, chosen, state.abstract(config, cfg, chosen))

@@ -3,16 +3,20 @@
     sample_main --workdir=DIR --prompt="a handwritten three" --prompt="a handwritten five"
     sample_main --workdir=DIR --prompts_file=prompts.txt --ema --steps=50 --cfg_scale=5
     sample_main --weights=FLUX.1-schnell --prompt="a red bird" --height=768 --width=1360
+    sample_main --weights=FLUX.1-dev --lora=style.safetensors:0.8 --lora=subject.safetensors --prompt="a red bird"
     torchrun --nproc-per-node=8 -m flux_func.sample_main --weights=FLUX.1-dev --prompts_file=prompts.txt
 
 --weights is a folder with model_index.json, as diffusers saves FLUX.1 (dev, schnell, Krea and their like). What is left
 out is then as the model is meant to be sampled: 50 steps, guidance 3.5 and 512 text tokens where it has a guidance
 embedding (dev), 4 steps and 256 tokens where it has none (schnell); 1024x1024 pixels; the schedule of its scheduler.
 
+--lora is a LoRA's file in any form, and after a colon how much of it; docs/lora.md has more.
+
 Writes one PNG a prompt, its settings in the metadata, and a grid of them all, into --out. Several processes share the
 prompts, and the weights, of which each has a part and gathers the rest block by block (--shard).
 """
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -33,16 +37,18 @@ from flux_func import cli, tree
 from flux_func import config as configs
 from flux_func.data import images as pictures
 from flux_func.errors import UserError
+from flux_func.interop import lora_files
 from flux_func.launch import processes
 from flux_func.models import flux
-from flux_func.models.layers import Params
+from flux_func.models.layers import Ops, Params
 from flux_func.parallel import mesh as meshes
 from flux_func.parallel import placements
 from flux_func.parallel.mesh import ONE, Mesh
 from flux_func.parallel.sharding import Sharding
-from flux_func.train import encoders, generate, origin
+from flux_func.train import adapt, encoders, generate, origin
 from flux_func.train.origin import Origin
 from flux_func.train.state import DTYPES
+from flux_func.transforms import lora
 
 # More than this and a grid is no longer looked at: the first ones stand for all.
 GRID_IMAGES = 100
@@ -70,6 +76,7 @@ ALIKE = (
     *OF_RUNS,
     "workdir",
     "weights",
+    "lora",
     "prompt",
     "prompts_file",
     "negative_prompt",
@@ -91,6 +98,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("weights", None, "Folder of the pipeline to sample from, in place of --workdir.")
     flags.DEFINE_integer("step", None, "Step of the run's checkpoint; left out: the newest.")
     flags.DEFINE_bool("ema", False, "Sample from the run's averaged weights.")
+    flags.DEFINE_multi_string("lora", [], "FILE or FILE:WEIGHT, a LoRA on top; may be given several times.")
     flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
     flags.DEFINE_string("prompts_file", None, "A text file with a prompt a line, in place of --prompt.")
     flags.DEFINE_string("negative_prompt", None, "What not to draw, where --cfg_scale is not 1; left out: no words.")
@@ -129,7 +137,7 @@ def sample(given: Any, device: torch.device) -> None:
     """Samples as `given`, whose attributes are the flags, says; UserError before anything is written."""
     with processes.together():
         prompts = read_prompts(given.prompt, given.prompts_file)
-        source = choose_origin(given)
+        source = choose_loras(choose_origin(given), given.lora)
         names = (*FROM_CONFIG, "batch_size", "negative_prompt")
         settings = choose_settings(source, {name: getattr(given, name) for name in names})
         sizes = choose_mesh(given.shard, processes.world())
@@ -140,7 +148,8 @@ def sample(given: Any, device: torch.device) -> None:
     sharding = lay_out(source.cfg, sizes, DTYPES[settings["dtype"]], device)
     params, codecs = load(source, prompts, settings, sharding)
     about = {**settings, **source.about, "shift": source.config.sample.shift}
-    write(out, draw(params, source, codecs, prompts, settings, sharding), prompts, about, sharding.mesh)
+    images = draw(params, source, codecs, prompts, settings, sharding)
+    write(out, images, prompts, about, sharding.mesh)
     processes.gather(None)
     print(f"{len(prompts)} images and grid.png are in {out}")
 
@@ -156,6 +165,34 @@ def choose_origin(given: Any) -> Origin:
         if value is not None and value is not False:
             raise UserError(f"--{flag} is {value}: is read only with --workdir; leave it out")
     return origin.of_pipeline(given.weights)
+
+
+def choose_loras(source: Origin, given: Sequence[str]) -> Origin:
+    """Returns the origin with the LoRAs of --lora on top, which are read; UserError for one that cannot be."""
+    loras, named = list(source.loras), []
+    for text in given:
+        file, weight = split_weight(text)
+        try:
+            loras.append((lora_files.load(file, source.cfg), weight))
+        except UserError as error:
+            raise UserError(f"--lora is {text!r}: {str(error).removeprefix(f'{file}: ')}") from error
+        named.append([file, weight])
+    about = {**source.about, "lora": named} if named else source.about
+    return dataclasses.replace(source, loras=tuple(loras), about=about)
+
+
+def split_weight(text: str) -> tuple[str, float]:
+    """Returns (file, weight) of FILE or FILE:WEIGHT, 1 where none is given; UserError for what is no weight."""
+    file, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return text, 1.0
+    try:
+        number = float(weight)
+    except ValueError:
+        number = math.nan
+    if not file or not math.isfinite(number):
+        raise UserError(f"--lora is {text!r}: should be a file, or FILE:WEIGHT with a number, such as FILE:0.8")
+    return file, number
 
 
 def read_prompts(prompts: Sequence[str], path: str | None) -> list[str]:
@@ -267,6 +304,11 @@ def draw(
 ) -> Iterator[Tensor]:
     """Yields the images of this process's prompts, [b, 3, H, W] at a time, under a bar that counts Euler steps."""
     total = generate.batch_count(len(prompts), settings["batch_size"], sharding.mesh) * settings["steps"]
+    where, dtype, ops = sharding.device or tree.leaves(params)[0].device, DTYPES[settings["dtype"]], Ops()
+    if source.loras:
+        moved = [(tree.map(lambda leaf: leaf.to(where, dtype), each), None, weight) for each, weight in source.loras]
+        params, sharding = adapt.together(params, sharding, moved)
+        ops = lora.with_updates()
     drawn_with = {name: value for name, value in settings.items() if name not in OF_ENCODERS}
     with tqdm(total=total, desc="sampling", unit="step") as bar:
         yield from generate.batches(
@@ -276,6 +318,7 @@ def draw(
             prompts,
             **drawn_with,
             shift=source.config.sample.shift,
+            ops=ops,
             progress=bar.update,
             sharding=sharding,
         )

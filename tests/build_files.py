@@ -32,7 +32,7 @@ DISTRIBUTIONS = {
 # What is installed in an environment of its own (third_party/README.md).
 ELSEWHERE = ("torchtitan",)
 # Folders that are no packages: their modules are imported by their bare names.
-BARE = ("configs", "flux_func.parity.references")
+BARE = ("configs", "docs.gallery", "flux_func.parity.references")
 # Files that a source names by path.
 CONFIGS = ("flux_func/train_main.py", "tests/helpers/tiny_run.py", "tests/test_cli.py", "tests/test_config.py")
 DATA = dict.fromkeys(CONFIGS, ["//configs"])
@@ -42,6 +42,7 @@ READ_THE_CHECKOUT = (
     "tests/distributed/test_launch_files.py",
     "tests/test_build.py",
     "tests/test_docs.py",
+    "tests/test_gallery.py",
     "tests/test_setup.py",
 )
 # What each layer may import of ours; "main" is every program, "api" is flux_func/__init__.py.
@@ -54,13 +55,13 @@ LAYERS = {
     **dict.fromkeys(("errors", "tree", "random"), set()),
     "models": MODELS,
     "flow": MODELS | {"flow"},
-    "transforms": MODELS | {"transforms"},
+    "transforms": MODELS | {"flow", "transforms"},
     "launch": {"errors", "launch"},
     "parallel": PARALLEL,
     "plan": PARALLEL | {"plan"},
     "config": {"errors", "models", "tree"},
     "data": SETTINGS | {"data"},
-    "interop": SETTINGS | {"interop"},
+    "interop": SETTINGS | {"transforms", "interop"},
     "train": TRAIN,
     "cli": {"config", "errors", "launch"},
     "api": TRAIN - {"config", "data"},

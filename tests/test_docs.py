@@ -74,3 +74,13 @@ def test_the_three_figures_of_the_digits_are_what_they_say():
     assert digits.measure(copies, train_classes, config)["novelty"] == pytest.approx(0, abs=1e-6)
     alike = np.stack([pictures[np.argmax(classes == c)] for c in classes])
     assert digits.measure(alike, classes, config)["variety"] == 0
+
+
+def test_the_api_page_is_what_the_docstrings_say(monkeypatch):
+    spec = importlib.util.spec_from_file_location("api_page", ROOT / "docs" / "api.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (ROOT / "docs" / "api.md").read_text(encoding="utf-8") == module.page(), "python docs/api.py"
+    for page in module.modules():
+        for name in module.names_of(page):
+            assert getattr(page, name).__doc__, f"{page.__name__}.{name} should have a docstring"

@@ -118,6 +118,10 @@ def test_what_does_not_fit_is_said_and_is_the_exit_code(capfd):
             ("--mesh=shard=8", "--json=/nowhere/plan.json"),
             "--json is '/nowhere/plan.json': there is no folder /nowhere",
         ),
+        (
+            ("--mesh=shard=8", "--config.lora.rank=4", "--config.model.init=nonzero"),
+            "lora.rank is 4: what a LoRA takes is not",
+        ),
     ],
 )
 def test_bad_input_is_one_line(capfd, tmp_path, args, line):

@@ -27,6 +27,7 @@ NO_FLAGS = {
     "ema": False,
     "prompt": [],
     "prompts_file": None,
+    "lora": [],
     "negative_prompt": None,
     "seed": None,
     "height": None,

@@ -22,6 +22,7 @@ FLAGS = {
     "step": None,
     "ema": False,
     "prompts_file": None,
+    "lora": [],
     "negative_prompt": None,
     "seed": 3,
     "guidance": None,

@@ -8,11 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from flux_func import sample_main
+from flux_func import sample_main, tree
 from flux_func.errors import UserError
+from flux_func.interop import lora_files
 from flux_func.models import flux
 from flux_func.parallel.mesh import Mesh
 from flux_func.train import checkpoint
+from flux_func.transforms import lora
 from tests.helpers import rank_sampling, ranks, tiny_pipeline, tiny_run
 
 CFG = flux.flavor("flux-tiny")
@@ -20,6 +22,7 @@ PROMPTS = rank_sampling.PROMPTS
 FLAGS = {
     **dict.fromkeys(sample_main.ALIKE),
     "prompt": [],
+    "lora": [],
     "ema": False,
     "overwrite": False,
     "batch_size": 2,
@@ -52,6 +55,13 @@ def prompts_file(folder: pathlib.Path, count: int) -> str:
     return str(path)
 
 
+def drawn_lora() -> lora.Lora:
+    """A LoRA of every linear, large enough to be seen."""
+    rng = np.random.default_rng(0)
+    fresh = lora.init(flux.abstract(CFG), ["*"], rank=2, alpha=2)
+    return tree.map(lambda leaf: torch.from_numpy(0.1 * rng.standard_normal(leaf.shape)).float(), fresh)
+
+
 def everything(folder: pathlib.Path) -> dict[str, np.ndarray]:
     return {path.name: np.asarray(Image.open(path)).astype(int) for path in sorted(folder.iterdir())}
 
@@ -66,8 +76,10 @@ def same(one: pathlib.Path, other: pathlib.Path) -> None:
 def test_pictures_are_those_of_one_process(workdir, pipeline, tmp_path, monkeypatch):
     """Of a run and its average, and of a pipeline whose T5 is in parts; of fewer prompts than processes, too."""
     run, pipe = {"workdir": str(workdir)}, {"weights": str(pipeline), "height": 32, "width": 48, "max_length": 16}
+    lora_files.save(tmp_path / "lora.safetensors", drawn_lora(), "kohya")
     runs = [
         {**run, "prompts_file": prompts_file(tmp_path, 7), "ema": True},
+        {**run, "prompts_file": prompts_file(tmp_path, 3), "lora": [f"{tmp_path / 'lora.safetensors'}:0.7"]},
         {**run, "prompts_file": prompts_file(tmp_path, 2), "cfg_scale": 3.0, "shard": 2},
         {**pipe, "prompts_file": prompts_file(tmp_path, 5)},
         {**pipe, "prompt": PROMPTS[:1], "shard": 1, "cfg_scale": 2.0, "negative_prompt": "fog", "dtype": "float32"},

@@ -42,6 +42,8 @@ def autograd_vjp(fn: Callable, *primals: tree.Tree) -> tuple[Any, Pull]:
 
     def pull(cotangent: tree.Tree) -> tuple:
         pairs = [(edge, grad) for edge, grad in zip(edges, tree.leaves(cotangent), strict=True) if edge]
+        if not pairs:  # as of a stage that has no trained parameters
+            return tree.map(torch.zeros_like, detached)
         outs, grads = zip(*pairs, strict=True)
         wanted = iter(torch.autograd.grad(outs, tree.leaves(detached), grads, materialize_grads=True))
         return tree.map(lambda leaf: next(wanted), detached)

@@ -78,6 +78,12 @@ def abstract(workdir: str | Path, step: int) -> dict[str, Any]:
         return {member: tree.unflatten(orbax.describe(checkpoint, member)) for member in orbax.members(checkpoint)}
 
 
+def members(workdir: str | Path, step: int) -> list[str]:
+    """Returns which members of the state a checkpoint holds: ema, opt, params."""
+    with _reading(workdir, step):
+        return orbax.members(find(workdir, step))
+
+
 def restore(
     workdir: str | Path,
     step: int,
@@ -133,8 +139,9 @@ def weights(state: Mapping[str, Any], dtype: str = "") -> dict[str, Any]:
         if any(isinstance(leaf, DTensor) for leaf in tree.leaves(kept))
         else contextlib.nullcontext()
     ):
-        exported = {path: _exported(leaf, DTYPES[dtype], path) for path, leaf in tree.flatten(kept).items()}
-    return tree.unflatten(exported)
+        exported = [_exported(leaf, DTYPES[dtype], path) for path, leaf in tree.flatten(kept).items()]
+    each = iter(exported)
+    return tree.map(lambda _: next(each), kept)
 
 
 def _exported(leaf: torch.Tensor, dtype: torch.dtype, path: str) -> torch.Tensor:

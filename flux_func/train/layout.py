@@ -1,5 +1,6 @@
 """How a run is laid out over its processes: the sharding that its config comes to, checked, and in words."""
 
+import dataclasses
 from collections.abc import Mapping
 
 import ml_collections
@@ -14,7 +15,7 @@ from flux_func.parallel.mesh import Mesh
 from flux_func.parallel.placements import Placement
 from flux_func.parallel.sharding import Sharding
 from flux_func.train import optimizer as optimizers
-from flux_func.train.state import DTYPES
+from flux_func.train.state import DTYPES, trained
 
 
 def build(
@@ -24,19 +25,35 @@ def build(
     mesh: Mesh,
     device: torch.device,
 ) -> Sharding:
-    """Returns the sharding of a run.
+    """Returns the sharding of what a run trains, the parameters or a LoRA of them.
 
     Raises:
       UserError: sizes that do not divide (the line says which would), a table that cannot be honoured, or an optimizer
         that needs whole what is split.
     """
-    n = config.numerics
-    shapes = flux.abstract(cfg, DTYPES[n.param])
-    made = sharding.from_config(config, shapes, mesh, DTYPES[n.compute], DTYPES[n.reduce], device)
+    made = of_weights(config, cfg, mesh, device)
+    if config.lora.rank:
+        made = _of_lora(config, cfg, made)
     _check_batch(config, made)
     _check_sequence(config, cfg, made)
     _check_optimizer(config, optimizer, made)
     return made
+
+
+def of_weights(config: ml_collections.ConfigDict, cfg: flux.FluxConfig, mesh: Mesh, device: torch.device) -> Sharding:
+    """Returns the sharding of the model's weights; under a LoRA they are kept in the type that they are computed in."""
+    n = config.numerics
+    kept = n.compute if config.lora.rank else n.param
+    shapes = flux.abstract(cfg, DTYPES[kept])
+    return sharding.from_config(config, shapes, mesh, DTYPES[n.compute], DTYPES[n.reduce], device)
+
+
+def _of_lora(config: ml_collections.ConfigDict, cfg: flux.FluxConfig, base: Sharding) -> Sharding:
+    shapes = trained(config, cfg)
+    found = placements.resolve(config.parallel.lora, tree.flatten(shapes), base.mesh, "parallel.lora")
+    each = iter(found.values())
+    places = tree.map(lambda _: next(each), shapes)
+    return dataclasses.replace(base, params=places, grads=places)
 
 
 def ops(config: ml_collections.ConfigDict, cfg: flux.FluxConfig, made: Sharding) -> Ops:
@@ -109,7 +126,8 @@ def _check_optimizer(config: ml_collections.ConfigDict, optimizer: optimizers.Op
     split = any(place.axes for place in tree.leaves(made.grads))
     if split and not optimizers.is_elementwise(optimizer):
         moments = " --config.parallel.moments='()'" if config.parallel.moments else ""
+        table = "lora" if config.lora.rank else "params"
         raise UserError(
             f"optimizer.name is {config.optimizer.name!r}: mixes the numbers of a leaf, which are split over "
-            f"processes; choose another, or have leaves whole: --config.parallel.params='((\"*\", {{}}),)'{moments}"
+            f"processes; choose another, or have leaves whole: --config.parallel.{table}='((\"*\", {{}}),)'{moments}"
         )

@@ -1,6 +1,7 @@
 """A training run from its config to its last checkpoint: what `train_main` does."""
 
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -24,14 +25,14 @@ from flux_func.parallel import mesh as meshes
 from flux_func.parallel import placements
 from flux_func.parallel.mesh import ONE, Mesh
 from flux_func.parallel.sharding import Sharding
-from flux_func.train import checkpoint, encoders, generate, layout, metrics, optimizer, state, validate
+from flux_func.train import adapt, checkpoint, encoders, generate, layout, metrics, optimizer, state, validate
 from flux_func.train import step as steps
 from flux_func.train import workdir as workdirs
 
 
 @dataclass(frozen=True)
 class Run:
-    """What stays the same through a run; `weights`, unread, are those that it is about to start from."""
+    """What stays the same through a run; `weights`, unread, are those that it is about to start from, or to adapt."""
 
     config: ml_collections.ConfigDict
     workdir: Path
@@ -45,6 +46,7 @@ class Run:
     schedule: Callable[[int], float]
     train_source: Any
     validation_source: Any
+    base: adapt.Base | None = None  # what is under a LoRA
 
 
 def train(
@@ -66,6 +68,8 @@ def train(
     mesh = meshes.build(config.parallel, "cpu" if config.parallel.offload else device.type, processes.limit())
     with processes.together():
         resumed, run = prepare(config, workdir, device, mesh)
+    if config.lora.rank:
+        run = dataclasses.replace(run, base=adapt.load(config, run.cfg, run.weights, mesh, device))
     current, start = begin(run, resumed), resumed or 0
     with contextlib.ExitStack() as held:
         with processes.together():
@@ -86,6 +90,8 @@ def train(
         )
         writer = held.enter_context(opened)
         writer.say(layout.say(state.placement(state.abstract(config, run.cfg, run.optimizer), run.sharding), mesh))
+        if run.base:
+            writer.say(adapt.say(run.base))
         with contextlib.closing(batches(run, start)) as data:
             step, signal = loop(run, current, start, data, checkpoints, writer, stop)
         finish(run, current, step, checkpoints, writer, signal)
@@ -138,9 +144,10 @@ def prepare(
 def choose_model(
     config: ml_collections.ConfigDict, workdir: str, resumed: int | None
 ) -> tuple[flux.FluxConfig, Stored | None]:
-    """Returns the model to train and the weights it starts from; a checkpoint knows its model, and is its weights."""
+    """Returns the model to train, and the weights that it starts from or adapts; a whole checkpoint has its own."""
     if resumed is not None:
-        return checkpoint.read_model(workdir, resumed), None
+        cfg = checkpoint.read_model(workdir, resumed)
+        return cfg, adapt.find(config, cfg) if config.lora.rank else None
     path = config.model.weights
     weights = state.find_weights(path, "transformer", "model.weights") if path else None
     return state.model_config(config, weights), weights
@@ -191,6 +198,7 @@ def loop(
             device=run.device,
             sharding=run.sharding,
             ops=run.ops,
+            base=run.base,
         )
         step += 1
         last, signal = step == config.train.steps, processes.agreed_stop(stop)
@@ -272,14 +280,16 @@ def validation(run: Run, current: dict, step: int, writer: metrics.Metrics) -> d
     if v.images:
         draw(run, current, captions(run, v.images), f"validation_{step:06d}.png")
     held = held_out(run, v.samples, validate.samples_per_pass(v.samples, v.batch_size, mesh), mesh)
+    params, sharding, ops = adapt.forward(run.base, placements.shards(state.averaged(current)), run.sharding)
     return validate.run(
-        placements.shards(state.averaged(current)),
+        params,
         run.cfg,
         (say_skipped(batch, "validation", writer) for batch in held),
         config=run.config,
         encoders=run.encoders,
         device=run.device,
-        sharding=run.sharding,
+        sharding=sharding,
+        ops=ops,
     )
 
 
@@ -296,8 +306,9 @@ def captions(run: Run, count: int) -> list[str]:
 def draw(run: Run, current: dict, texts: list[str], name: str) -> None:
     """Samples a grid with the settings of config.sample into samples/NAME."""
     s, size = run.config.sample, run.config.data.image_size
+    params, sharding, ops = adapt.forward(run.base, placements.shards(state.averaged(current)), run.sharding)
     images = generate.generate(
-        placements.shards(state.averaged(current)),
+        params,
         run.cfg,
         run.encoders,
         texts,
@@ -308,7 +319,8 @@ def draw(run: Run, current: dict, texts: list[str], name: str) -> None:
         guidance=s.guidance,
         cfg_scale=s.cfg_scale,
         shift=s.shift,
-        sharding=run.sharding,
+        ops=ops,
+        sharding=sharding,
     )
     if images is not None:
         pictures.save(pictures.grid(images.numpy(), texts), run.workdir / "samples" / name)
@@ -357,7 +369,8 @@ class Meter:
         seconds = time.perf_counter() - self._start
         image_tokens, text_tokens = (config.data.image_size // 16) ** 2, config.text.max_length
         speed = self._steps * config.train.batch_size / seconds
-        tflops = speed * flops.training_flops(cfg, image_tokens, text_tokens) / 1e12 / processes.world()
+        each = flops.training_flops(cfg, image_tokens, text_tokens) * adapt.share_of_flops(config)
+        tflops = speed * each / 1e12 / processes.world()
         waited, memory, found = self._over_processes()
         peak = config.metrics.peak_tflops
         record = {

@@ -123,14 +123,16 @@ def from_torch(cls: type[torch.optim.Optimizer], lr: float | Schedule, **options
         return {name: (x.shape, x.dtype, "meta" if leaf.is_meta else x.device) for name, x in kept.items()}
 
     def init(params: Tree) -> Tree:
-        kept, known = {}, {}
-        for path, leaf in tree.flatten(_contiguous(params)).items():
+        known: dict[tuple, dict[str, tuple]] = {}
+
+        def kept(leaf: Tensor) -> dict[str, Tensor]:
             kind = (leaf.shape, leaf.dtype, leaf.device)
             if kind not in known:
                 known[kind] = forms(leaf)
-            for name, (shape, dtype, device) in known[kind].items():
-                kept[f"state.{path}.{name}"] = torch.zeros(shape, dtype=dtype, device=device)
-        return {**tree.unflatten(kept), "step": torch.zeros((), dtype=torch.int64)}
+            of = known[kind].items()
+            return {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype, device) in of}
+
+        return {"state": tree.map(kept, _contiguous(params)), "step": torch.zeros((), dtype=torch.int64)}
 
     @torch.no_grad()
     def update(grads: Tree, state: Tree, params: Tree) -> tuple[Tree, Tree]:

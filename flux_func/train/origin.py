@@ -20,7 +20,8 @@ from flux_func.models.layers import Params
 from flux_func.parallel import placements
 from flux_func.parallel.mesh import ONE, Mesh
 from flux_func.parallel.sharding import ONE_PROCESS, Sharding
-from flux_func.train import checkpoint, encoders, state
+from flux_func.train import adapt, checkpoint, encoders, state
+from flux_func.transforms import lora
 
 # How FLUX.1's two distilled models are sampled, by whether they have a guidance embedding: dev and schnell.
 _USUAL = {
@@ -41,6 +42,7 @@ class Origin:
       encoders: (config, device, mesh) to the encoders; see `encoders.build`.
       load: (type, sharding) to what this process has of the parameters, no more of which it reads.
       about: what tells the weights from others, for the pictures' metadata.
+      loras: those of these weights that it is, each whole and on the CPU, with its weight.
     """
 
     name: str
@@ -49,18 +51,24 @@ class Origin:
     encoders: Callable[[ml_collections.ConfigDict, torch.device, Mesh], encoders.Encoders]
     load: Callable[[torch.dtype, Sharding], Params]
     about: dict[str, Any]
+    loras: tuple[tuple[lora.Lora, float], ...] = ()
 
 
 def of_run(workdir: str, step: int | None = None, ema: bool = False) -> Origin:
     """Returns a run's checkpoint, or its averaged weights; UserError where there is none."""
     config = read_config(workdir)
     step, member = choose_step(workdir, step), "ema" if ema else "params"
-    if member not in checkpoint.abstract(workdir, step):
+    if member not in checkpoint.members(workdir, step):
         raise UserError(f"--ema is True: the checkpoint of step {step} holds no average (ema.decay); leave --ema out")
     cfg = checkpoint.read_model(workdir, step)
+    weights = adapt.find(config, cfg) if config.lora.rank else None
 
     def build(config: ml_collections.ConfigDict, device: torch.device, mesh: Mesh = ONE) -> encoders.Encoders:
         return encoders.build(config, cfg, device, mesh)
+
+    def base(dtype: torch.dtype, sharding: Sharding = ONE_PROCESS) -> Params:
+        with processes.together():
+            return state.initial(config, cfg, dtype, sharding.device or torch.device("cpu"), weights, sharding)
 
     def load(dtype: torch.dtype, sharding: Sharding = ONE_PROCESS) -> Params:
         like, places = {member: flux.abstract(cfg, dtype)}, None
@@ -72,6 +80,9 @@ def of_run(workdir: str, step: int | None = None, ema: bool = False) -> Origin:
         return placements.shards(found[member])
 
     about = {"flavor": config.model.flavor, "step": step, "ema": ema}
+    if config.lora.rank:
+        adapted = ((adapt.of_run(workdir, step, ema), 1.0),)
+        return Origin("the model of this run", config, cfg, build, base, about, adapted)
     return Origin("the model of this run", config, cfg, build, load, about)
 
 

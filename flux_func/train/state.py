@@ -1,4 +1,7 @@
-"""The train state: one tree of parameters, optimizer state and, where it is kept, their moving average."""
+"""The train state: one tree of parameters, optimizer state and, where it is kept, their moving average.
+
+Where lora.rank is above 0, its parameters are the LoRA's; `adapt.py` has the weights under it.
+"""
 
 import dataclasses
 import functools
@@ -19,6 +22,7 @@ from flux_func.parallel import placements
 from flux_func.parallel.placements import Placement
 from flux_func.parallel.sharding import ONE_PROCESS, Sharding
 from flux_func.train.optimizer import Optimizer
+from flux_func.transforms import lora
 
 # (dotted path, first, last) to those rows of the leaf.
 Rows = Callable[[str, int, int], Tensor]
@@ -101,21 +105,61 @@ def create(
 ) -> dict:
     """Returns the state before the first step: {"params": ..., "opt": ..., "ema": ... where ema.decay is not 0}.
 
-    The parameters are those of `weights`, or else drawn; the average starts at them either way. A process draws or
-    reads no more of them than it is to have.
+    The parameters are those of `weights`, or else drawn, or a LoRA's; the average starts at them either way. A process
+    draws or reads no more of them than it is to have.
     """
-    dtype = DTYPES[config.numerics.param]
-    if weights is None:
-        draw = flux.drawing(cfg, config.train.seed, config.model.init)
-        params = _read(draw, flux.abstract(cfg, dtype), device, sharding, "drawing weights")
+    if config.lora.rank:
+        params = _fresh_lora(config, cfg, device, sharding)
     else:
-        params = read_weights(weights, dtype, device, sharding)
+        params = initial(config, cfg, DTYPES[config.numerics.param], device, weights, sharding)
     parts = _around(params, config, optimizer, sharding)
     places = placement(abstract(config, cfg, optimizer), sharding)
-    leaves = {
-        path: placements.distribute(leaf, places[path], sharding.mesh) for path, leaf in tree.flatten(parts).items()
-    }
-    return tree.unflatten(leaves)
+    leaves = (placements.distribute(leaf, places[path], sharding.mesh) for path, leaf in tree.flatten(parts).items())
+    return tree.map(lambda _: next(leaves), parts)
+
+
+def initial(
+    config: ml_collections.ConfigDict,
+    cfg: flux.FluxConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    weights: Stored | None,
+    sharding: Sharding,
+) -> Params:
+    """Returns what this process is to have of the model's weights before training, read or drawn."""
+    if weights is not None:
+        return read_weights(weights, dtype, device, sharding)
+    draw = flux.drawing(cfg, config.train.seed, config.model.init)
+    return _read(draw, flux.abstract(cfg, dtype), device, sharding, "drawing weights")
+
+
+def trained(config: ml_collections.ConfigDict, cfg: flux.FluxConfig) -> Params:
+    """Returns what a run trains, on the meta device: the parameters, or a LoRA of them.
+
+    Raises:
+      UserError: lora.patterns that fit nothing.
+    """
+    dtype = DTYPES[config.numerics.param]
+    return _lora(config, cfg, "meta") if config.lora.rank else flux.abstract(cfg, dtype)
+
+
+def _lora(config: ml_collections.ConfigDict, cfg: flux.FluxConfig, device: str) -> lora.Lora:
+    c, dtype = config.lora, DTYPES[config.numerics.param]
+    try:
+        return lora.init(
+            flux.abstract(cfg), c.patterns, c.rank, c.alpha or c.rank, config.train.seed, dtype=dtype, device=device
+        )
+    except ValueError as error:
+        raise UserError(f"lora.patterns is {tuple(c.patterns)}: {error}") from error
+
+
+def _fresh_lora(
+    config: ml_collections.ConfigDict, cfg: flux.FluxConfig, device: torch.device, sharding: Sharding
+) -> lora.Lora:
+    whole, mesh = _lora(config, cfg, "cpu"), sharding.mesh
+    if sharding.params is None:
+        return tree.map(lambda leaf: leaf.to(device), whole)
+    return tree.map(lambda leaf, at: leaf[at.local(mesh)].contiguous().to(device), whole, sharding.params)
 
 
 def read_weights(weights: Stored, dtype: torch.dtype, device: torch.device, sharding: Sharding = ONE_PROCESS) -> Params:
@@ -142,7 +186,7 @@ def _read(rows: Rows, shapes: Params, device: torch.device, sharding: Sharding, 
 
 def abstract(config: ml_collections.ConfigDict, cfg: flux.FluxConfig, optimizer: Optimizer) -> dict:
     """Returns the whole state on the meta device: shapes and types without memory."""
-    return _around(flux.abstract(cfg, DTYPES[config.numerics.param]), config, optimizer)
+    return _around(trained(config, cfg), config, optimizer)
 
 
 def placement(state: dict, sharding: Sharding) -> dict[str, Placement]:

@@ -13,6 +13,7 @@ from flux_func.models import flux
 from flux_func.models.layers import Ops, Params
 from flux_func.parallel import collectives, fold, placements
 from flux_func.parallel.sharding import Sharding
+from flux_func.train import adapt
 from flux_func.train import optimizer as optimizers
 from flux_func.train.encoders import Encoders
 from flux_func.transforms import ema
@@ -64,6 +65,7 @@ def train_step(
     device: torch.device,
     sharding: Sharding,
     ops: Ops = Ops(),
+    base: adapt.Base | None = None,
 ) -> tuple[dict, dict[str, Tensor]]:
     """Returns the state after one step, and {"loss", "grad_norm"} as scalars on the device; `state` is donated.
 
@@ -72,21 +74,24 @@ def train_step(
       batch: from data.pipeline: this process's share of train.batch_size samples.
       step: counted from 0.
       cfg, config, encoders, optimizer, device, sharding, ops: what stays the same through a run.
+      base: the weights under the LoRA that is trained; None: the weights are.
     """
     here, grads, loss = placements.shards(state), None, 0.0
     denominator = config.train.batch_size * batch["noise"][0].size * sharding.repeats
-    for turn, micro in enumerate(micro_batches(batch, config.train.accumulate), 1):
+    for count, micro in enumerate(micro_batches(batch, config.train.accumulate), 1):
         inputs = train_batch(micro, encoders, config, cfg, device)
+        turn, vjp = (ops, fold.autograd_vjp) if base is None else base.training(ops)
         grads, part = fold.grad_and_value(
             here["params"],
             cfg,
             inputs,
-            ops,
+            turn,
             config.remat.policy,
             denominator=denominator,
             into=grads,
+            vjp=vjp,
             sharding=sharding,
-            last=turn == config.train.accumulate,
+            last=count == config.train.accumulate,
         )
         loss = loss + part
     return state, apply(here, grads, loss, step, config=config, optimizer=optimizer, sharding=sharding)

@@ -11,7 +11,7 @@ from torch import Tensor
 from flux_func.flow import path
 from flux_func.launch import processes
 from flux_func.models import flux
-from flux_func.models.layers import Params, at_least_float32
+from flux_func.models.layers import Ops, Params, at_least_float32
 from flux_func.parallel.mesh import ONE, Mesh
 from flux_func.parallel.sharding import ONE_PROCESS, Sharding, gathering
 from flux_func.train import step as steps
@@ -66,6 +66,7 @@ def run(
     encoders: Encoders,
     device: torch.device,
     sharding: Sharding = ONE_PROCESS,
+    ops: Ops = Ops(),
 ) -> dict[str, Any]:
     """Returns `average` over the batches of a validation split, of all processes; the same in each of them.
 
@@ -81,8 +82,9 @@ def run(
       encoders: of the run.
       device: to compute on.
       sharding: the processes, where the parameters are, and what is computed in.
+      ops: how linears and attention are done.
     """
-    ops, found = gathering(sharding, params, flux.chain(cfg)), []
+    ops, found = gathering(sharding, params, flux.chain(cfg), ops), []
     for batch in _along(batches, sharding.mesh):
         counts = batch is not None
         batch = batch if counts else _nothing(config, encoders)

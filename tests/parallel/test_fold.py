@@ -122,6 +122,11 @@ def test_a_step_can_be_differentiated_through():
     torch.testing.assert_close(slope, numeric, rtol=1e-5, atol=1e-8)
 
 
+def test_a_function_of_nothing_has_gradients_of_zero():
+    out, pull = fold.autograd_vjp(lambda params, x: {"out": torch.ones(2)}, {}, torch.ones(3))
+    assert torch.equal(out["out"], torch.ones(2)) and torch.equal(pull({"out": torch.ones(2)})[1], torch.zeros(3))
+
+
 def peak_bytes(run):
     """The most bytes that were allocated at once while `run` ran, by torch's own record of its allocator."""
     with torch.profiler.profile(profile_memory=True) as profile:

@@ -1,0 +1,202 @@
+"""MeanFlow: a model of mean velocities, which samples in one step or a few (Geng et al. 2025, arXiv:2505.13447).
+
+u(x_t, r, t) = 1 / (t - r) times the integral of dx/ds from r to t, so x_r = x_t - (t - r) u in one step, and
+
+    u = dx_t/dt - (t - r) du/dt,  du/dt = u_x dx_t/dt + u_t, along the path
+
+The right side, one jvp of the model in the direction (dx_t/dt, 0, 1) of (x, r, t), is what the left is trained towards.
+The second time goes in as t - r through `guidance_in`: cfg.guidance_embed is True, and no key is added to the tree.
+
+    grads = torch.func.grad(lambda params: meanflow.loss(params, cfg, batch, r).mean())(params)
+    latents = meanflow.sample(params, cfg, noise=noise, txt=txt, y=y, steps=1)
+
+batch is that of `path.loss`, without guidance.
+"""
+
+import functools
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from flux_func.flow import losses, path, timesteps
+from flux_func.flow.losses import Batch
+from flux_func.models import flux, layers
+from flux_func.models.layers import Ops, Params, at_least_float32
+
+
+def loss(
+    params: Params,
+    cfg: flux.FluxConfig,
+    batch: Batch,
+    r: Tensor,
+    ops: Ops = Ops(),
+    *,
+    velocity: Tensor | None = None,
+    power: float = 1.0,
+    floor: float = 1e-3,
+) -> Tensor:
+    """Returns each sample's loss, [B]. Where r is t it is flow matching, as the paper has it for three samples of four.
+
+    Args:
+      params, cfg, ops: as for `path.loss`, with cfg.guidance_embed.
+      batch: as for `path.loss`, without guidance.
+      r: the earlier times [B], in [0, t].
+      velocity: dx_t/dt [B, 16, h, w], such as `guided` for guidance, or a teacher's; None: eps - x_0.
+      power, floor: p and c of the weight 1 / (|error|^2 + c)^p, a constant; |.|^2 is the mean over the sample, and a
+        power of 0 leaves the squared error.
+
+    Raises:
+      ValueError: a model without the embedding, guidance in the batch, or shapes that do not fit.
+    """
+    wanted = target(params, cfg, batch, r, ops, velocity=velocity)
+    error = losses.flow_matching(params, cfg, _told(cfg, batch, r), ops, target=wanted)
+    return error / (error.detach() + floor) ** power
+
+
+def target(
+    params: Params,
+    cfg: flux.FluxConfig,
+    batch: Batch,
+    r: Tensor,
+    ops: Ops = Ops(),
+    *,
+    velocity: Tensor | None = None,
+) -> Tensor:
+    """Returns dx_t/dt - (t - r) du/dt, [B, 16, h, w], a constant; arguments as for `loss`.
+
+    A trainer that takes gradients otherwise than by torch.func computes it first, only for the samples whose r is not
+    t if it likes (the others' is dx_t/dt), and gives it to `losses.flow_matching` with t - r as the guidance.
+    """
+    carry, const, moving = losses.inputs(cfg, _told(cfg, batch, r), velocity, "velocity")
+    still = losses.constant(params)
+
+    def model(x: Tensor, r: Tensor, t: Tensor) -> Tensor:
+        return losses.run(still, cfg, {**carry, "img": x, "timesteps": t, "guidance": t - r}, const, ops)
+
+    return losses.latents(target_of(model, carry["img"], r, carry["timesteps"], moving), batch)
+
+
+def target_of(
+    u: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, r: Tensor, t: Tensor, velocity: Tensor
+) -> Tensor:
+    """Returns the MeanFlow target of any u(x, r, t), shaped as x, a constant; x [B, ...], r and t [B]."""
+    primals = (x, r.to(t.dtype), t)
+    _, rate = torch.func.jvp(u, primals, (velocity.to(x.dtype), torch.zeros_like(primals[1]), torch.ones_like(t)))
+    return (velocity - losses.column(t - r, rate) * rate).detach()
+
+
+def guided(
+    params: Params,
+    cfg: flux.FluxConfig,
+    batch: Batch,
+    omega: Tensor | float,
+    kappa: Tensor | float = 0.0,
+    ops: Ops = Ops(),
+    *,
+    uncond_txt: Tensor,
+    uncond_y: Tensor,
+) -> Tensor:
+    """Returns a guided velocity for `loss` to learn the mean of, [B, 16, h, w], a constant.
+
+    omega (eps - x_0) + kappa u_c + (1 - omega - kappa) u_u, u being the model's own velocity (r = t) with the prompt
+    and without. The model then draws, in one pass a step, as if guided by a scale of omega / (1 - kappa).
+
+    Args:
+      params, cfg, ops: as for `loss`.
+      batch: as for `path.loss`, without guidance.
+      omega, kappa: a number or [B]. Samples whose prompt was dropped need 1 and 0.
+      uncond_txt, uncond_y: as for `losses.guided_velocity`.
+    """
+    told = _told(cfg, batch, batch["timesteps"])
+    uncond, cond = losses.with_and_without(losses.constant(params), cfg, told, uncond_txt, uncond_y, ops).chunk(2)
+    true = flux.patchify(path.target(batch["latents"], batch["noise"]))
+    omega, kappa = losses.column(omega, true), losses.column(kappa, true)
+    return losses.latents(omega * true + kappa * cond + (1 - omega - kappa) * uncond, batch).detach()
+
+
+def sample(
+    params: Params,
+    cfg: flux.FluxConfig,
+    *,
+    noise: Tensor,
+    txt: Tensor,
+    y: Tensor,
+    steps: int = 1,
+    ops: Ops = Ops(),
+) -> Tensor:
+    """Returns latents [B, 16, h, w] drawn by a model of mean velocities in a few steps, in the noise's type.
+
+    Args:
+      params, cfg, ops: as for `loss`.
+      noise: standard normal [B, 16, h, w], h and w even.
+      txt: [B or 1, L, context_in_dim].
+      y: [B or 1, vec_in_dim].
+      steps: of equal length, at least 1.
+
+    Raises:
+      ValueError: a model without guidance embedding, steps below 1, or shapes that do not fit.
+    """
+    _check_told(cfg)
+    if noise.ndim != 4 or any(side % 2 for side in noise.shape[2:]):
+        raise ValueError(f"noise has shape {tuple(noise.shape)}, it should be [B, c, h, w] with even h and w")
+    size, _, height, width = noise.shape
+    wide = at_least_float32(noise.dtype)
+    fixed = {
+        "txt": txt.expand(size, *txt.shape[1:]),
+        "y": y.expand(size, *y.shape[1:]),
+        "img_ids": flux.image_ids(height, width, device=noise.device),
+        "txt_ids": flux.text_ids(txt.shape[1], device=txt.device),
+    }
+    x = flux.patchify(noise).to(wide)
+    for t, r in pairwise(timesteps.schedule(steps, None)):
+        told = {"timesteps": t, "guidance": t - r}
+        told = {name: time.to(x.device, wide).expand(size) for name, time in told.items()}
+        x = x - (t - r) * flux.apply(params, cfg, img=x, ops=ops, **told, **fixed).to(wide)
+    return flux.unpatchify(x, height, width).to(noise.dtype)
+
+
+def slow(params: Params, fastest: float = 10.0) -> Params:
+    """Returns the parameters, or gradients, without what reads time features that turn by more than `fastest` rad.
+
+    From t = 0 to 1 FLUX's features turn by up to 1000 rad. A trained model makes next to nothing of the fast ones, but
+    du/dt multiplies what it does make of them by so much: it drowns (Lu and Song 2024, arXiv:2410.11081, on consistency
+    models). So their weights are zeroed before training, and their gradients in each step.
+
+    Args:
+      params: a tree shaped as the parameters of a model with guidance embedding.
+      fastest: in rad per unit of t.
+
+    Returns:
+      A tree alike, with zeros in columns of `time_in.in_layer.weight` and of `guidance_in.in_layer.weight`; all other
+      leaves are the same tensors.
+    """
+    out = dict(params)
+    for name in ("time_in", "guidance_in"):
+        layer = params[name]["in_layer"]
+        # Features at 0 that change along t are sines, of slope omega; each stands beside its cosine.
+        zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+        embed = functools.partial(layers.timestep_embedding, dim=layer["weight"].shape[1])
+        half = layer["weight"].shape[1] // 2
+        speed = torch.func.jvp(embed, (zero,), (one,))[1][0, half:].repeat(2)
+        kept = (speed <= fastest).to(layer["weight"])
+        out[name] = {**params[name], "in_layer": {**layer, "weight": layer["weight"] * kept}}
+    return out
+
+
+def _told(cfg: flux.FluxConfig, batch: Batch, r: Tensor) -> dict[str, Tensor]:
+    """Returns the batch with t - r where guidance goes in."""
+    _check_told(cfg)
+    if "guidance" in batch:
+        raise ValueError("MeanFlow's batch has guidance, it should have none: t - r goes in there")
+    if r.shape != batch["timesteps"].shape:
+        raise ValueError(f"r has shape {tuple(r.shape)}, it should be {tuple(batch['timesteps'].shape)}")
+    return {**batch, "guidance": batch["timesteps"] - r}
+
+
+def _check_told(cfg: flux.FluxConfig) -> None:
+    if not cfg.guidance_embed:
+        raise ValueError(
+            "guidance_embed is False, it should be True: MeanFlow's second time goes in through guidance_in"
+        )

@@ -1,0 +1,390 @@
+"""Losses and gradients of each sample of a batch, and what is made of them.
+
+    loss = per_sample.one(ff.loss, cfg)
+    norms, losses = per_sample.norms(loss, params, batch, chunk=4)
+    norms, losses = per_sample.ghost_norms(loss, params, batch, chunk=16)
+
+A loss is `loss(params, sample) -> scalar`; a batch is a tree of tensors of which each has the batch, B, as its first
+dimension, and a sample is the same tree without it. Samples are taken `chunk` at a time: that, and not B, is what the
+memory grows with. Params are any tree.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flux_func import random, tree
+from flux_func.models.layers import Ops, at_least_float32
+from flux_func.transforms import lora
+from flux_func.tree import Tree
+
+Loss = Callable[..., Tensor]
+
+
+def one(loss: Loss, *static: Any) -> Loss:
+    """Returns `loss(params, *static, batch, **kwargs)`, such as ff.loss with its cfg, as a loss of one sample.
+
+    The sample gets its batch dimension back: it is a batch of one.
+    """
+
+    @functools.wraps(loss)
+    def of_sample(params: Tree, sample: Tree, **kwargs: Any) -> Tensor:
+        return loss(params, *static, tree.map(lambda x: x[None], sample), **kwargs)
+
+    return of_sample
+
+
+def losses(loss: Loss, params: Tree, batch: Tree, chunk: int) -> Tensor:
+    """Returns the loss of each sample, [B].
+
+    Raises:
+      ValueError: a chunk below 1, a batch of tensors that differ in B, or a loss that is no scalar; so do all below.
+    """
+    each = torch.func.vmap(_scalar(loss), in_dims=(None, 0))
+    return torch.cat([each(params, part) for part in _chunks(batch, chunk)])
+
+
+def gradients(loss: Loss, params: Tree, batch: Tree, chunk: int) -> Tree:
+    """Returns the gradient of each sample's loss: a tree like params, each leaf with the batch before its shape."""
+    parts = _each(loss, params, batch, chunk, lambda grads, values: grads)
+    return tree.map(lambda *leaves: torch.cat(leaves), *parts)
+
+
+def norms(loss: Loss, params: Tree, batch: Tree, chunk: int) -> tuple[Tensor, Tensor]:
+    """Returns the norm of each sample's gradient as one vector, and each sample's loss: both [B], float32 or wider.
+
+    Never more than `chunk` gradients are held.
+    """
+    found = _each(loss, params, batch, chunk, lambda grads, values: (_squares(grads).sqrt(), values))
+    return tuple(torch.cat(column) for column in zip(*found, strict=True))
+
+
+def _each(loss: Loss, params: Tree, batch: Tree, chunk: int, take: Callable[[Tree, Tensor], Any]) -> Iterator:
+    """Yields `take(a chunk's gradients, a tree of [chunk, ...]; its losses [chunk])`, and holds on to neither."""
+    each = torch.func.vmap(torch.func.grad_and_value(_scalar(loss)), in_dims=(None, 0))
+    for part in _chunks(batch, chunk):
+        yield take(*each(params, part))
+
+
+def _squares(grads: Tree) -> Tensor:
+    """Returns the squared norms [chunk] of gradients [chunk, ...], in float32 or wider."""
+    flat = (leaf.to(at_least_float32(leaf.dtype)).flatten(1) for leaf in tree.leaves(grads))
+    return sum(torch.linalg.vector_norm(leaf, dim=1).square() for leaf in flat)
+
+
+def _chunks(batch: Tree, chunk: int) -> Iterator[Tree]:
+    if not isinstance(chunk, int) or chunk < 1:
+        raise ValueError(f"chunk is {chunk!r}: should be a number of samples, from 1 on")
+    sizes = {path: leaf.shape[0] if leaf.ndim else None for path, leaf in tree.flatten(batch).items()}
+    if len(set(sizes.values())) != 1 or None in sizes.values() or 0 in sizes.values():
+        raise ValueError(f"batch has the first dimensions {sizes}: should be one, the number of samples")
+    for start in range(0, next(iter(sizes.values())), chunk):
+        yield tree.map(lambda leaf, start=start: leaf[start : start + chunk], batch)
+
+
+def _scalar(loss: Loss) -> Loss:
+    """Returns `loss`, which is checked to return a scalar."""
+
+    @functools.wraps(loss)
+    def checked(*args: Any, **kwargs: Any) -> Tensor:
+        value = loss(*args, **kwargs)
+        if not isinstance(value, Tensor) or value.ndim:
+            what = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            name = getattr(loss, "__qualname__", type(loss).__name__)
+            raise ValueError(f"{name} returned {what} for one sample: should be a scalar tensor")
+        return value
+
+    return checked
+
+
+# Norms without gradients.
+
+# Where a linear's probe is put beside its weight, in trees that no one else sees.
+KEY = "ghost"
+
+
+def ghost_norms(loss: Loss, params: Tree, batch: Tree, chunk: int, ops: Ops = Ops()) -> tuple[Tensor, Tensor]:
+    """Returns what `norms` returns, without the gradients of linears' weights ever being computed or held.
+
+    A linear's weight has the gradient g^T x, x [L, in] and g [L, out] being its input and its output's gradient. Of
+    one row its norm is |g| |x| (Goodfellow 2015, arXiv:1510.01799); of several it is sqrt(<x x^T, g g^T>) or that of
+    the product, whichever takes less arithmetic (Li et al. 2022, arXiv:2110.05679). The gradients of all other
+    parameters, such as the norms' scales, are computed for each sample as they are.
+
+    Args:
+      loss: `loss(params, sample, ops=)`, computing its linears, params' nodes with a two-dimensional "weight", each
+        once, by `ops.linear`: `one(ff.loss, cfg)` for example.
+      params, batch, chunk: as for `norms`.
+      ops: how the rest is done; its `linear` may add to the product what does not depend on the weight.
+
+    Raises:
+      ValueError: as for `losses`; or a linear that was not computed by ops.linear, or more than once.
+    """
+    flat, linears = tree.flatten(params), lora.linears(params)
+    weights = {f"{path}.{name}" for path in linears for name in ("weight", "bias")}
+    others = {path: leaf for path, leaf in flat.items() if path not in weights}
+    # Zeros, in whose gradient a linear's backward puts (the squared norm of its own, 1).
+    probes = {path: leaf.new_zeros(2, dtype=at_least_float32(leaf.dtype)) for path, leaf in linears.items()}
+    ghost = dataclasses.replace(ops, linear=_ghost_linear(ops.linear))
+
+    def probed(probes: Mapping[str, Tensor], others: Mapping[str, Tensor], sample: Tree) -> Tensor:
+        leaves = iter({**flat, **others}.values())
+        return _scalar(loss)(_with_probes(tree.map(lambda _: next(leaves), params), probes), sample, ops=ghost)
+
+    each = torch.func.vmap(torch.func.grad_and_value(probed, argnums=(0, 1)), in_dims=(None, None, 0))
+    found = []
+    for part in _chunks(batch, chunk):
+        (of_linears, of_others), values = each(probes, others, part)
+        _check_counts(of_linears)
+        squares = sum(pair[:, 0] for pair in of_linears.values()) + (_squares(of_others) if others else 0)
+        found.append((squares.sqrt(), values))
+    return tuple(torch.cat(column) for column in zip(*found, strict=True))
+
+
+def _check_counts(found: Mapping[str, Tensor]) -> None:
+    counts = torch.stack([pair[0, 1] for pair in found.values()]).tolist() if found else []
+    for path, count in zip(found, counts, strict=True):
+        if count != 1:
+            raise ValueError(f"{path} was computed {count:.0f} times by ops.linear: should be once, or norms be used")
+
+
+def _with_probes(node: Any, probes: Mapping[str, Tensor], path: str = "") -> Any:
+    if path in probes:
+        return {**node, KEY: probes[path]}
+    if isinstance(node, dict):
+        return {key: _with_probes(child, probes, f"{path}.{key}".lstrip(".")) for key, child in node.items()}
+    if isinstance(node, (list, tuple)):
+        return [_with_probes(child, probes, f"{path}.{i}".lstrip(".")) for i, child in enumerate(node)]
+    return node
+
+
+def _ghost_linear(inner: Callable) -> Callable:
+    def linear(params: Tree, x: Tensor, path: str) -> Tensor:
+        layer = {name: leaf for name, leaf in params.items() if name != KEY}
+        return _Ghost.apply(inner(layer, x, path), x, params[KEY], "bias" in layer)
+
+    return linear
+
+
+class _Ghost(torch.autograd.Function):
+    """y, a linear's output, as it is; the probe's gradient is (the squared norm of that of weight and bias, 1)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor, x: Tensor, probe: Tensor, bias: bool) -> Tensor:
+        del x, probe, bias
+        return y.view_as(y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, x, probe, ctx.bias = inputs
+        ctx.save_for_backward(x, probe)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        x, probe = ctx.saved_tensors
+        square = _square_of_product(*(part.to(probe.dtype).reshape(-1, part.shape[-1]) for part in (grad, x)))
+        if ctx.bias:
+            square = square + grad.to(probe.dtype).reshape(-1, grad.shape[-1]).sum(0).square().sum()
+        return grad, None, torch.stack([square, torch.ones_like(square)]), None
+
+
+def _square_of_product(grad: Tensor, x: Tensor) -> Tensor:
+    """Returns |grad^T x|^2 of [L, out] and [L, in]."""
+    rows, out, fan_in = grad.shape[0], grad.shape[1], x.shape[1]
+    if rows * (out + fan_in) < out * fan_in:
+        return ((grad @ grad.mT) * (x @ x.mT)).sum()
+    return (grad.mT @ x).square().sum()
+
+
+# The gradient noise scale.
+
+
+class NoiseScale(NamedTuple):
+    """Unbiased estimates, scalar tensors; the scale is their quotient and has a bias that shrinks with the batch.
+
+    Attributes:
+      grad_square: |G|^2 of the true gradient G; may come out negative where noise drowns it.
+      trace: tr(Sigma), the variance of one sample's gradient, summed over the parameters.
+      scale: tr(Sigma) / |G|^2, in samples: the batch size beyond which more samples bring little.
+    """
+
+    grad_square: Tensor
+    trace: Tensor
+    scale: Tensor
+
+
+def noise_scale(loss: Loss, params: Tree, batch: Tree, chunk: int) -> NoiseScale:
+    """Returns the simple noise scale (McCandlish et al. 2018, arXiv:1812.06162), from batches of 1 and of B >= 2."""
+
+    def take(grads: Tree, values: Tensor) -> tuple[Tree, Tensor]:
+        return tree.map(lambda leaf: leaf.sum(0), grads), _squares(grads)
+
+    total, squares = _sum(_each(loss, params, batch, chunk, take))
+    mean = tree.map(lambda leaf: leaf[None] / len(squares), total)
+    return noise_scale_from(1, squares.mean(), len(squares), _squares(mean)[0])
+
+
+def noise_scale_from(small: int, small_square: Tensor, big: int, big_square: Tensor) -> NoiseScale:
+    """Returns the noise scale from the squared norms of gradients averaged over two sizes of batch.
+
+    Args:
+      small, big: samples in a small batch (a micro-batch, or a rank's) and in a big one.
+      small_square, big_square: |g|^2 of them, each averaged over as many batches as there are.
+
+    Raises:
+      ValueError: sizes that do not differ.
+    """
+    if not 1 <= small < big:
+        raise ValueError(f"batches of {small} and {big} samples: the second should have more than the first")
+    grad_square = (big * big_square - small * small_square) / (big - small)
+    trace = (small_square - big_square) / (1 / small - 1 / big)
+    return NoiseScale(grad_square, trace, trace / grad_square)
+
+
+# Statistics over the timestep.
+
+
+def by_timestep(timesteps: Tensor, values: Mapping[str, Tensor], bins: int = 10) -> dict[str, Any]:
+    """Returns how per-sample values are distributed over the timestep, in bins of equal width in [0, 1].
+
+        norms, losses = per_sample.norms(loss, params, batch, chunk=4)
+        per_sample.by_timestep(batch["timesteps"], {"loss": losses, "grad_norm": norms})
+
+    Args:
+      timesteps: [B], in [0, 1].
+      values: {name: [B]}.
+      bins: their number.
+
+    Returns:
+      "edges" [bins + 1], "count" [bins] and, for each name, {"mean", "std": [bins]}: NaN where a bin is empty. The
+      standard deviation is that of the samples there are (dividing by the count).
+
+    Raises:
+      ValueError: timesteps outside [0, 1], or values of another length.
+    """
+    if timesteps.ndim != 1 or not bool(((timesteps >= 0) & (timesteps <= 1)).all()):
+        raise ValueError(f"timesteps {list(timesteps.shape)} should be [B] in [0, 1]")
+    place = (timesteps * bins).long().clamp(max=bins - 1)
+    count = torch.bincount(place, minlength=bins)
+    found: dict[str, Any] = {"edges": torch.linspace(0, 1, bins + 1).to(timesteps), "count": count}
+    for name, value in values.items():
+        if value.shape != timesteps.shape:
+            raise ValueError(f"{name} is {list(value.shape)}: should be {list(timesteps.shape)}, as the timesteps")
+
+        def mean(x: Tensor) -> Tensor:
+            return x.new_zeros(bins).index_add(0, place, x) / count
+
+        centre = mean(value)
+        found[name] = {"mean": centre, "std": mean((value - centre[place]).square()).sqrt()}
+    return found
+
+
+# Differential privacy.
+
+
+def clipped_sum(
+    loss: Loss, params: Tree, batch: Tree, clip_norm: float, chunk: int, norms: Tensor | None = None
+) -> tuple[Tree, Tensor]:
+    """Returns the sum of the samples' gradients, each scaled down to norm clip_norm at most, and the norms [B].
+
+    One sample changes the sum by clip_norm at most: the sensitivity that `private` adds noise for (Abadi et al. 2016,
+    arXiv:1607.00133).
+
+    Args:
+      loss, params, batch, chunk: as for `norms`.
+      clip_norm: above 0.
+      norms: [B], where they are known, from `ghost_norms` say: then no sample's gradient is held, and the sum is the
+        gradient of the losses' weighted sum (Li et al. 2022, arXiv:2110.05679).
+    """
+    _check_positive("clip_norm", clip_norm)
+
+    def weights(norms: Tensor) -> Tensor:
+        return clip_norm / norms.clamp(min=clip_norm)
+
+    def take(grads: Tree, values: Tensor) -> tuple[Tree, Tensor]:
+        norms = _squares(grads).sqrt()
+        scale = weights(norms)
+        return tree.map(lambda leaf: torch.tensordot(scale.to(leaf.dtype), leaf, 1), grads), norms
+
+    def weighted(params: Tree, part: Tree, norms: Tensor) -> Tensor:
+        return (torch.func.vmap(_scalar(loss), in_dims=(None, 0))(params, part) * weights(norms)).sum()
+
+    if norms is None:
+        return _sum(_each(loss, params, batch, chunk, take))
+    norms = norms.detach()
+    pairs = zip(_chunks(batch, chunk), norms.split(chunk), strict=True)
+    return _sum((torch.func.grad(weighted)(params, part, known), known) for part, known in pairs)
+
+
+def _sum(parts: Iterator[tuple[Tree, Tensor]]) -> tuple[Tree, Tensor]:
+    """Returns the sum of the trees, and the tensors one after the other."""
+    total, found = None, []
+    for part, values in parts:
+        total = part if total is None else tree.map(Tensor.add_, total, part)
+        found.append(values)
+        # Not to be there while the next is computed.
+        del part
+    return total, torch.cat(found)
+
+
+def private(optimizer: Any, clip_norm: float, noise_multiplier: float, batch_size: int, seed: int) -> Any:
+    """Returns an optimizer that takes `clipped_sum`s for gradients: DP-SGD (Abadi et al. 2016, arXiv:1607.00133).
+
+        opt = per_sample.private(ff.optimizer.adamw(lr=1e-4), 1.0, noise_multiplier=1.1, batch_size=64, seed=0)
+        state = opt.init(params)
+        total, _ = per_sample.clipped_sum(loss, params, batch, clip_norm=1.0, chunk=8)
+        params, state = opt.update(total, state, params)
+
+    Noise of standard deviation noise_multiplier * clip_norm is added to each number of the sum, which is then divided
+    by batch_size and handed on. Draws are counted, by (seed, path, update); they are not of a cryptographic generator.
+    What privacy this buys, an accountant computes from the multiplier, the share of the data in a batch and the steps.
+
+    Args:
+      optimizer: a named tuple with the functions `init(params) -> state` and `update(grads, state, params) -> (params,
+        state)`, as of ff.optimizer; its own kind is returned.
+      clip_norm: that of clipped_sum.
+      noise_multiplier: in units of clip_norm; 0: none, and no privacy.
+      batch_size: the samples in a batch, or their expected number where each is drawn by chance.
+      seed: of the noise. It has to be kept secret.
+
+    Returns:
+      The pair; its state is {"inner": the optimizer's, "step": int64 scalar, the updates made}.
+
+    Raises:
+      ValueError: numbers out of range.
+    """
+    _check_positive("clip_norm", clip_norm)
+    _check_positive("batch_size", batch_size)
+    if not noise_multiplier >= 0:
+        raise ValueError(f"noise_multiplier is {noise_multiplier!r}: should be a number from 0 on")
+
+    def init(params: Tree) -> Tree:
+        return {"inner": optimizer.init(params), "step": torch.zeros((), dtype=torch.int64)}
+
+    def update(total: Tree, state: Tree, params: Tree) -> tuple[Tree, Tree]:
+        noise = _noise(total, seed, int(state["step"]))
+        std = noise_multiplier * clip_norm
+        grads = tree.map(lambda leaf: (leaf + std * next(noise)) / batch_size, total)
+        params, inner = optimizer.update(grads, state["inner"], params)
+        state["step"] += 1
+        return params, {**state, "inner": inner}
+
+    return optimizer._replace(init=init, update=update)
+
+
+def _noise(like: Tree, seed: int, step: int) -> Iterator[Tensor]:
+    """Yields standard normal draws for each leaf in turn, in its type."""
+    for path, leaf in tree.flatten(like).items():
+        draw = random.normal(seed, f"privacy/{path}", step, tuple(leaf.shape))
+        yield torch.as_tensor(draw).to(leaf.device, leaf.dtype)
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name} is {value!r}: should be a number above 0")
