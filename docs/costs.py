@@ -6,6 +6,7 @@ Prints a table and draws docs/costs.png. A time is the median over the rounds, e
 most that was allocated at once, by torch's own record of its allocator. Parameters are not counted on either side.
 """
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import flux_func as ff
-from flux_func import cli, tree
+from flux_func import cli
 from flux_func.models.attention import attention
 from flux_func.transforms import curvature, per_sample, remat
 
@@ -74,46 +75,64 @@ def of_attention() -> list[Row]:
     ]
 
 
-def of_model() -> list[Row]:
-    """8 blocks of width 768 on 256 image and 64 text tokens, a batch of 8."""
+def of_blocks() -> list[Row]:
+    """8 single blocks of width 768 on 2 samples of 576 image and 32 text tokens: activations outweigh the weights."""
     cfg = ff.FluxConfig(
-        hidden_size=768, num_heads=6, depth=2, depth_single_blocks=6, axes_dim=(16, 56, 56), context_in_dim=512
+        hidden_size=768,
+        num_heads=6,
+        depth=0,
+        depth_single_blocks=8,
+        axes_dim=(16, 56, 56),
+        context_in_dim=64,
+        vec_in_dim=64,
     )
-    params, batch = ff.init(cfg, scheme="nonzero"), _batch(cfg, 8)
-    few = tree.map(lambda x: x[:2], batch)
-    one = per_sample.one(ff.loss, cfg)
+    params, batch = ff.init(cfg, scheme="nonzero"), _batch(cfg, 2, side=48, text=32)
     stages = ff.Ops(wrap_stage=remat.stages())
 
-    def gradient(data: dict, **kwargs: ff.Ops) -> Run:
-        return lambda: torch.func.grad(ff.loss)(params, cfg, data, **kwargs)
+    def gradient(**kwargs: ff.Ops) -> Run:
+        return lambda: torch.func.grad(ff.loss)(params, cfg, batch, **kwargs)
+
+    return [Row("remat of every stage", gradient(ops=stages), "a gradient", gradient(), 1.35, 0.3)]
+
+
+def of_digits() -> list[Row]:
+    """flux-digits on 16 samples of 256 image and 16 text tokens."""
+    cfg = dataclasses.replace(ff.flavor("flux-digits"), context_in_dim=256, vec_in_dim=64)
+    params, batch = ff.init(cfg, scheme="nonzero"), _batch(cfg, 16, side=32, text=16)
+    one = per_sample.one(ff.loss, cfg)
+
+    def gradient() -> object:
+        return torch.func.grad(ff.loss)(params, cfg, batch)
+
+    def norms() -> object:
+        return per_sample.norms(one, params, batch, chunk=4)
+
+    def ghost_norms() -> object:
+        return per_sample.ghost_norms(one, params, batch, chunk=16)
+
+    def hvp() -> object:
+        return curvature.hvp(ff.loss, params, params, cfg, batch)
 
     return [
-        Row("remat, every stage", gradient(few, ops=stages), "a gradient", gradient(few), 1.35, 0.3),
-        Row("hvp", lambda: curvature.hvp(ff.loss, params, params, cfg, few), "a gradient", gradient(few), 4.2),
-        Row(
-            "norms, 4 at a time",
-            lambda: per_sample.norms(one, params, batch, 4),
-            "the gradient",
-            gradient(batch),
-            1.6,
-            0.7,
-        ),
-        Row("ghost norms", lambda: per_sample.ghost_norms(one, params, batch, 8), "the gradient", gradient(batch), 1.2),
+        Row("Hessian-vector product", hvp, "a gradient", gradient, 4.2),
+        Row("per-sample norms, 4 at a time", norms, "the batch's gradient", gradient, 1.6, 0.7),
+        Row("per-sample norms by ghosts", ghost_norms, "the batch's gradient", gradient, 1.2),
     ]
 
 
-PARTS = {"attention": of_attention, "model": of_model}
+PARTS = {"attention": of_attention, "blocks": of_blocks, "digits": of_digits}
 
 
-def _batch(cfg: ff.FluxConfig, size: int) -> dict[str, torch.Tensor]:
+def _batch(cfg: ff.FluxConfig, size: int, side: int, text: int) -> dict[str, torch.Tensor]:
     draws = torch.Generator().manual_seed(0)
+    latents = (size, cfg.in_channels // 4, side, side)
     shapes = {
-        "latents": (16, 32, 32),
-        "noise": (16, 32, 32),
-        "txt": (64, cfg.context_in_dim),
-        "y": (cfg.vec_in_dim,),
+        "latents": latents,
+        "noise": latents,
+        "txt": (size, text, cfg.context_in_dim),
+        "y": (size, cfg.vec_in_dim),
     }
-    drawn = {name: torch.randn(size, *shape, generator=draws) for name, shape in shapes.items()}
+    drawn = {name: torch.randn(shape, generator=draws) for name, shape in shapes.items()}
     return {**drawn, "timesteps": torch.rand(size, generator=draws)}
 
 
