@@ -92,7 +92,7 @@ from torch.overrides import TorchFunctionMode
 
 from flux_func.data import pipeline, sources
 from flux_func.flow import path
-from flux_func.models import flux, layers
+from flux_func.models import attention, flux, layers
 from flux_func.parallel import mesh, sharding
 from flux_func.train import encoders, layout, optimizer, state, step
 from tests.helpers import tiny_run
@@ -155,11 +155,19 @@ def take_a_step(fields, *functions):
     return batch, calls.seen
 
 
-def test_attention_in_a_step_is_full_over_text_and_image():
-    _, seen = take_a_step({"data.image_size": 64}, F.scaled_dot_product_attention)
+def test_attention_in_a_step_is_full_over_text_and_image(monkeypatch):
+    seen, block = [], attention.block
+
+    def noting(*qkv):
+        seen.append((qkv, block(*qkv)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(attention, "block", noting)
+    take_a_step({"data.image_size": 64})
     assert len(seen) == 4
-    for args, kwargs in seen:
-        assert [tuple(x.shape) for x in args] == [(2, 8, 4 + 16, 16)] * 3 and kwargs == {}
+    for (q, k, v), (out, _) in seen:
+        assert [tuple(x.shape) for x in (q, k, v)] == [(2, 8, 4 + 16, 16)] * 3
+        torch.testing.assert_close(out, (q @ k.mT / 4).softmax(-1) @ v, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("compute", "tolerance"), [("float32", 1e-4), ("bfloat16", 2**-8)])

@@ -71,7 +71,6 @@ def inputs(tmp_path_factory):
     others = {
         "peft_lora": zeros("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight"),
         "kohya_lora": zeros("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"),
-        "bfl_lora": zeros("double_blocks.0.img_attn.qkv.lora_A.weight", "double_blocks.0.img_attn.qkv.lora_B.weight"),
         "sdxl": zeros("model.diffusion_model.input_blocks.0.0.weight", "conditioner.embedders.1.model.ln_final.weight"),
         "sd1": zeros("model.diffusion_model.input_blocks.0.0.weight", "cond_stage_model.transformer.x.weight"),
         "sd3": zeros("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"),
@@ -114,9 +113,8 @@ SOURCES = [
     ("pointer.safetensors", "is a Git LFS pointer, not the file itself; fetch it with: git lfs pull"),
     ("model.gguf", "is a GGUF file, quantized; use the model's full weights"),
     ("sharded", "diffusion_pytorch_model-00002-of-00002.safetensors"),
-    ("peft_lora.safetensors", "is a LoRA"),
-    ("kohya_lora.safetensors", "is a LoRA"),
-    ("bfl_lora.safetensors", "is a LoRA"),
+    ("peft_lora.safetensors", "has no B for"),
+    ("kohya_lora.safetensors", "has no B for"),
     ("sdxl.safetensors", "is SDXL"),
     ("sd1.safetensors", "is Stable Diffusion 1 or 2"),
     ("sd3.safetensors", "is Stable Diffusion 3"),
@@ -252,7 +250,7 @@ def test_a_target_that_holds_what_is_read(inputs, tmp_path, capfd, name):
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--format=gguf"], "--format=gguf: value should be one of <bfl|diffusers|torchtitan|orbax>"),
+        (["--format=gguf"], "--format=gguf: value should be one of <bfl|diffusers|torchtitan|orbax|kohya>"),
         (["--dtype=int8"], "--dtype=int8: value should be one of <float32|bfloat16|float16>"),
         (["--part=vae"], "--part=vae: value should be one of <transformer|autoencoder>"),
         (["--to="], "should name a file or folder"),
