@@ -61,11 +61,8 @@ def test_bytes_sent_are_those_counted_at_the_collectives(world):
 @pytest.mark.parametrize("world", [4, 2])
 def test_peak_of_everything_else_is_as_counted(world):
     for case, expected, found in measured(world):
-        peaks = [each["working"] for each in found]
-        # gloo's worker lets go of what it has sent a moment after the sum is there: on a busy machine a process may
-        # have a buffer more for that long.
-        assert min(peaks) == pytest.approx(expected.working, rel=0.05), case
-        assert max(peaks) <= 1.15 * expected.working, case
+        for each in found:
+            assert each["working"] == pytest.approx(expected.working, rel=0.05), case
 
 
 def test_no_more_stages_than_one_and_those_fetched_ahead_are_whole():
