@@ -1,9 +1,9 @@
 """FLUX as pure functions over parameter pytrees: `import flux_func as ff`."""
 
 from flux_func import tree
-from flux_func.flow import losses, meanflow
+from flux_func.flow import losses, meanflow, timesteps
 from flux_func.flow.path import loss
-from flux_func.flow.sampler import sample
+from flux_func.flow.sampler import sample, velocity
 from flux_func.interop.weights import load, save
 from flux_func.models import autoencoder, text
 from flux_func.models.flux import FLAVORS, FluxConfig, Stage, abstract, apply, chain, flavor, init
@@ -40,6 +40,8 @@ __all__ = [
     "sample",
     "save",
     "text",
+    "timesteps",
     "tree",
+    "velocity",
     "weights",
 ]

@@ -60,7 +60,7 @@ def default() -> ml_collections.ConfigDict:
         batch_size=2,  # samples per step, over all processes and micro-batches
         accumulate=1,  # micro-batches per step
         seed=0,  # of everything random: weights, order, crops, dropout, noise, timesteps
-        timesteps="uniform",  # "uniform", "logit_normal" or "stratified" (uniform, one stratum per sample of the batch)
+        timesteps="uniform",  # "uniform", "logit_normal", "mode" (SD3) or "stratified" (a stratum of [0, 1] a sample)
         shift=False,  # shift the training timesteps by resolution, as the sampler does
         guidance=3.5,  # what a model with a guidance embedding is told; tune distilled dev at 1 (flux_dev_finetune.py)
     )
@@ -149,7 +149,7 @@ CHOICES = {
     "data.source": ("digits", "wds", "folder", "hf"),
     "data.split": ("train", "validation"),
     "data.crop": ("random", "center"),
-    "train.timesteps": ("uniform", "logit_normal", "stratified"),
+    "train.timesteps": ("uniform", "logit_normal", "mode", "stratified"),
     "optimizer.schedule": ("constant", "cosine", "linear"),
     "remat.policy": ("none", "full"),
     "numerics.param": ("float32", "bfloat16"),

@@ -74,8 +74,11 @@ def select(tree: Tree, patterns: Iterable[str]) -> dict[str, Any]:
     """Returns {dotted path: leaf} of the leaves that some pattern fits.
 
     Raises:
-      ValueError: a pattern fits no leaf; the message lists the nearest paths.
+      ValueError: a pattern fits no leaf; the message lists the nearest paths. Or one pattern that is not in a list,
+        whose every character would be taken for a pattern.
     """
+    if isinstance(patterns, str):
+        raise ValueError(f"patterns is {patterns!r}, it should be a list of patterns: [{patterns!r}]")
     flat = flatten(tree)
     patterns = tuple(patterns)
     for pattern in patterns:

@@ -25,7 +25,7 @@ def test_the_readmes_fifteen_lines_run_and_agree():
     torch.manual_seed(0)
     names: dict = {}
     exec(compile(source.split("opt = ")[0], "README.md", "exec"), names)
-    mean = tree.map(lambda leaf: leaf.mean(0), names["per_sample"])
+    mean = tree.map(lambda leaf: leaf.mean(0), names["each"])
     reference = torch.func.grad(names["ff"].loss)(names["params"], names["cfg"], names["batch"])
     for path, grad in tree.flatten(reference).items():
         for ours in (names["grads"], mean):

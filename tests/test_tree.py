@@ -59,6 +59,11 @@ def test_select_lists_the_nearest_paths_of_a_pattern_that_fits_none():
         tree.select(nested, ["img_inn.weight"])
 
 
+def test_one_pattern_is_given_in_a_list():
+    with pytest.raises(ValueError, match=r"patterns is '\*.weight', it should be a list of patterns: \['\*.weight'\]"):
+        tree.select({"img_in": {"weight": 1}}, "*.weight")
+
+
 def test_differences_are_listed_with_the_nearest_name():
     expected = {"img_in.weight": (4, 2), "img_in.bias": (4,), "txt_in.weight": (4, 3)}
     assert tree.differences(expected, expected) == ""

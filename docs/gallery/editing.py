@@ -5,6 +5,7 @@ import torch
 from gallery import Digits, run
 from matplotlib.figure import Figure
 
+import flux_func as ff
 from flux_func.flow import timesteps
 from flux_func.transforms import likelihood
 
@@ -16,7 +17,7 @@ def picture(digits: Digits, steps: int = 20) -> Figure:
 
     def told(digit: int) -> likelihood.Velocity:
         row = torch.tensor([digit])
-        return likelihood.flux_velocity(digits.params, digits.cfg, txt=digits.txt[row], y=digits.y[row])
+        return ff.velocity(digits.params, digits.cfg, txt=digits.txt[row], y=digits.y[row])
 
     # Not quite to the noise: what is left of the image is its style.
     part = schedule[steps // 6 :]

@@ -5,6 +5,7 @@ import torch
 from gallery import Digits, run
 from matplotlib.figure import Figure
 
+import flux_func as ff
 from flux_func.flow import timesteps
 from flux_func.transforms import likelihood
 
@@ -22,7 +23,7 @@ def picture(digits: Digits, samples: int = 48, steps: int = 12) -> Figure:
     }
     figure, axes = plt.subplots(figsize=(7, 4))
     for name, (x, told) in cases.items():
-        velocity = likelihood.flux_velocity(digits.params, digits.cfg, txt=digits.txt[told], y=digits.y[told])
+        velocity = ff.velocity(digits.params, digits.cfg, txt=digits.txt[told], y=digits.y[told])
         probes = likelihood.signs(0, 1, x)
         log_p = likelihood.log_prob(velocity, x.float(), schedule.float(), probes=probes, method="heun")
         bits = likelihood.bits_per_dimension(log_p, x[0].numel())

@@ -13,7 +13,6 @@ function of its own, [B, 16, h, w], so that a trainer which takes gradients othe
 first, and give it to `flow_matching`.
 """
 
-import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -57,49 +56,9 @@ def weighted(
 
     Args:
       params, cfg, batch, ops: as for `path.loss`.
-      density: t [B] to weights [B], such as `logit_normal_density`.
+      density: t [B] to weights [B], such as `timesteps.logit_normal_density`.
     """
     return (density(batch["timesteps"]) * flow_matching(params, cfg, batch, ops)).mean()
-
-
-def logit_normal_density(t: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """Returns the density of `timesteps.logit_normal` at t in [0, 1], shaped as t (Esser et al. 2024, equation 19)."""
-    eps = torch.finfo(t.dtype).eps
-    t = t.clamp(eps, 1 - eps)
-    normal = torch.exp(-0.5 * ((torch.logit(t) - mean) / std) ** 2) / (std * math.sqrt(2 * math.pi))
-    return normal / (t * (1 - t))
-
-
-def mode(u: Tensor, scale: float = 1.29) -> Tensor:
-    """Returns timesteps with heavy tails from uniform draws (Esser et al. 2024, arXiv:2403.03206, equation 20).
-
-    t = 1 - u - scale (cos(pi u / 2)^2 - 1 + u), in the type of u: with a positive scale the middle is drawn more often
-    than the ends, with a negative one less.
-
-    Args:
-      u: in [0, 1], of any shape.
-      scale: from -1 to 2 / (pi - 2) = 1.75, where t is monotonic in u; 0 is uniform.
-
-    Raises:
-      ValueError: another scale.
-    """
-    if not -1 <= scale <= 2 / (math.pi - 2):
-        raise ValueError(f"scale {scale} should be from -1 to 2 / (pi - 2) = {2 / (math.pi - 2):.4f}")
-    return 1 - u - scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
-
-
-def mode_density(t: Tensor, scale: float = 1.29) -> Tensor:
-    """Returns the density of `mode`'s timesteps at t in [0, 1], shaped as t: one over |dt/du| where mode(u) = t.
-
-    Raises:
-      ValueError: a scale that `mode` does not take.
-    """
-    low, high = torch.zeros_like(t), torch.ones_like(t)
-    for _ in range(torch.finfo(t.dtype).bits):
-        middle = (low + high) / 2
-        above = mode(middle, scale) > t
-        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-    return 1 / (1 + scale - scale * math.pi / 2 * torch.sin(math.pi / 2 * (low + high)))
 
 
 # Guidance distillation.

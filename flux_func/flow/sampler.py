@@ -10,8 +10,11 @@ from flux_func.flow import timesteps
 from flux_func.models import flux
 from flux_func.models.layers import Ops, Params, at_least_float32
 
+# (x [B, ...], t, a scalar) to dx/dt, shaped as x.
+Velocity = Callable[[Tensor, Tensor], Tensor]
 
-def euler(velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, schedule: Tensor) -> Tensor:
+
+def euler(velocity: Velocity, x: Tensor, schedule: Tensor) -> Tensor:
     """Returns the solution of dx/dt = velocity(x, t) at the schedule's end, one Euler step between neighbours.
 
     Args:
@@ -62,35 +65,81 @@ def sample(
       ValueError: shapes that do not fit, guidance missing or for a model without it, or cfg_scale without both of
         uncond_txt and uncond_y.
     """
-    if noise.ndim != 4 or any(side % 2 for side in noise.shape[2:]):
-        raise ValueError(f"noise has shape {tuple(noise.shape)}, it should be [B, c, h, w] with even h and w")
-    batch, _, height, width = noise.shape
-    scale = None if cfg_scale == 1 else cfg_scale
-    inputs = _conditioning(cfg, batch, txt, y, guidance)
-    if scale is not None:
-        if uncond_txt is None or uncond_y is None:
-            raise ValueError(f"cfg_scale is {scale}: uncond_txt and uncond_y, the encodings of no prompt, are needed")
-        if uncond_txt.shape[1] != txt.shape[1]:
-            raise ValueError(f"uncond_txt has {uncond_txt.shape[1]} tokens, it should have txt's {txt.shape[1]}")
-        uncond = _conditioning(cfg, batch, uncond_txt, uncond_y, guidance)
-        inputs = {name: torch.cat([uncond[name], value]) for name, value in inputs.items()}
-    inputs["img_ids"] = flux.image_ids(height, width, device=noise.device)
-    inputs["txt_ids"] = flux.text_ids(txt.shape[1], device=noise.device)
-    wide = at_least_float32(noise.dtype)
+    check_latents(noise, "noise")
+    flow = velocity(
+        params,
+        cfg,
+        txt=txt,
+        y=y,
+        guidance=guidance,
+        cfg_scale=cfg_scale,
+        uncond_txt=uncond_txt,
+        uncond_y=uncond_y,
+        ops=ops,
+    )
+    length = noise.shape[2] * noise.shape[3] // 4 if image_seq_len is None else image_seq_len
+    schedule = timesteps.schedule(steps, length if shift else None)
+    return euler(flow, noise.to(at_least_float32(noise.dtype)), schedule).to(noise.dtype)
 
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        img = x if scale is None else torch.cat([x, x])
-        times = t.to(x.device, wide).expand(len(img))
-        v = flux.apply(params, cfg, img=img, timesteps=times, ops=ops, **inputs).to(wide)
+
+def velocity(
+    params: Params,
+    cfg: flux.FluxConfig,
+    *,
+    txt: Tensor,
+    y: Tensor,
+    guidance: Tensor | float | None = None,
+    cfg_scale: float | None = None,
+    uncond_txt: Tensor | None = None,
+    uncond_y: Tensor | None = None,
+    ops: Ops = Ops(),
+) -> Velocity:
+    """Returns the model as dx/dt of latents: `(x [B, 16, h, w], t) -> v [B, 16, h, w]`, in float32 or wider.
+
+    What `sample` follows, and what `likelihood` integrates.
+
+    Args:
+      params, cfg, txt, y, guidance, cfg_scale, uncond_txt, uncond_y, ops: as for `sample`.
+
+    Raises:
+      ValueError: as `sample`, when the velocity is called.
+    """
+    scale = None if cfg_scale == 1 else cfg_scale
+    if scale is not None and (uncond_txt is None or uncond_y is None):
+        raise ValueError(f"cfg_scale is {scale}: uncond_txt and uncond_y, the encodings of no prompt, are needed")
+    if scale is not None and uncond_txt.shape[1] != txt.shape[1]:
+        raise ValueError(f"uncond_txt has {uncond_txt.shape[1]} tokens, it should have txt's {txt.shape[1]}")
+
+    def dx_dt(x: Tensor, t: Tensor) -> Tensor:
+        check_latents(x, "x")
+        batch, _, height, width = x.shape
+        inputs = {"img": flux.patchify(x), **_conditioning(cfg, batch, txt, y, guidance)}
+        if scale is not None:
+            uncond = {**inputs, **_conditioning(cfg, batch, uncond_txt, uncond_y, guidance)}
+            inputs = {name: torch.cat([uncond[name], value]) for name, value in inputs.items()}
+        wide = at_least_float32(x.dtype)
+        v = flux.apply(
+            params,
+            cfg,
+            **inputs,
+            timesteps=t.to(x.device, wide).expand(len(inputs["img"])),
+            img_ids=flux.image_ids(height, width, device=x.device),
+            txt_ids=flux.text_ids(txt.shape[1], device=x.device),
+            ops=ops,
+        )
+        v = flux.unpatchify(v.to(wide), height, width)
         if scale is None:
             return v
         v_uncond, v_cond = v.chunk(2)
         return v_uncond + scale * (v_cond - v_uncond)
 
-    length = height * width // 4 if image_seq_len is None else image_seq_len
-    schedule = timesteps.schedule(steps, length if shift else None)
-    x = euler(velocity, flux.patchify(noise).to(wide), schedule)
-    return flux.unpatchify(x, height, width).to(noise.dtype)
+    return dx_dt
+
+
+def check_latents(x: Tensor, name: str) -> None:
+    """Raises ValueError where x is not of shape [B, c, h, w] with even h and w."""
+    if x.ndim != 4 or any(side % 2 for side in x.shape[2:]):
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, it should be [B, c, h, w] with even h and w")
 
 
 def _conditioning(

@@ -32,6 +32,46 @@ def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
     return logit.sigmoid().clamp(info.tiny, below_one)
 
 
+def logit_normal_density(t: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """Returns the density of `logit_normal` at t in [0, 1], shaped as t (Esser et al. 2024, equation 19)."""
+    eps = torch.finfo(t.dtype).eps
+    t = t.clamp(eps, 1 - eps)
+    normal = torch.exp(-0.5 * ((torch.logit(t) - mean) / std) ** 2) / (std * math.sqrt(2 * math.pi))
+    return normal / (t * (1 - t))
+
+
+def mode(u: Tensor, scale: float = 1.29) -> Tensor:
+    """Returns timesteps with heavy tails from uniform draws (Esser et al. 2024, arXiv:2403.03206, equation 20).
+
+    t = 1 - u - scale (cos(pi u / 2)^2 - 1 + u), in the type of u: with a positive scale the middle is drawn more often
+    than the ends, with a negative one less.
+
+    Args:
+      u: in [0, 1], of any shape.
+      scale: from -1 to 2 / (pi - 2) = 1.75, where t is monotonic in u; 0 is uniform.
+
+    Raises:
+      ValueError: another scale.
+    """
+    if not -1 <= scale <= 2 / (math.pi - 2):
+        raise ValueError(f"scale {scale} should be from -1 to 2 / (pi - 2) = {2 / (math.pi - 2):.4f}")
+    return 1 - u - scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
+
+
+def mode_density(t: Tensor, scale: float = 1.29) -> Tensor:
+    """Returns the density of `mode`'s timesteps at t in [0, 1], shaped as t: one over |dt/du| where mode(u) = t.
+
+    Raises:
+      ValueError: a scale that `mode` does not take.
+    """
+    low, high = torch.zeros_like(t), torch.ones_like(t)
+    for _ in range(torch.finfo(t.dtype).bits):
+        middle = (low + high) / 2
+        above = mode(middle, scale) > t
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    return 1 / (1 + scale - scale * math.pi / 2 * torch.sin(math.pi / 2 * (low + high)))
+
+
 def stratified(u: Tensor, index: Tensor | int, batch_size: int) -> Tensor:
     """Returns t uniform in the index-th of batch_size equal strata of [0, 1], so that a batch covers them all.
 
@@ -44,7 +84,7 @@ def stratified(u: Tensor, index: Tensor | int, batch_size: int) -> Tensor:
 
 
 def sample(kind: str, u: Tensor, index: Tensor | int = 0, batch_size: int = 1) -> Tensor:
-    """Returns training timesteps [B] of a kind: "uniform", "logit_normal" or "stratified".
+    """Returns training timesteps [B] of a kind: "uniform", "logit_normal", "mode" or "stratified".
 
     Args:
       kind: the distribution.
@@ -58,9 +98,11 @@ def sample(kind: str, u: Tensor, index: Tensor | int = 0, batch_size: int = 1) -
         return uniform(u)
     if kind == "logit_normal":
         return logit_normal(u)
+    if kind == "mode":
+        return mode(u)
     if kind == "stratified":
         return stratified(u, index, batch_size)
-    raise ValueError(f"timesteps {kind!r} should be 'uniform', 'logit_normal' or 'stratified'")
+    raise ValueError(f"timesteps {kind!r} should be 'uniform', 'logit_normal', 'mode' or 'stratified'")
 
 
 def shift_mu(image_tokens: float) -> float:

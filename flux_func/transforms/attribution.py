@@ -20,6 +20,7 @@ from flux_func import tree
 from flux_func.flow import path
 from flux_func.models import flux
 from flux_func.models.layers import Ops, Params, at_least_float32
+from flux_func.transforms import checks
 
 Batch = Mapping[str, Tensor]
 
@@ -278,24 +279,16 @@ def _weights(fn: Callable, out: tree.Tree, cotangent: tree.Tree | None) -> tree.
         _check_alike(cotangent, out, "cotangent")
         return tree.map(lambda weight, value: weight.to(value.dtype), cotangent, out)
     if not isinstance(out, Tensor) or out.ndim:
-        raise ValueError(f"{_name(fn)} returned {_shape(out)}, it should be a scalar where no cotangent is given")
+        raise ValueError(f"{checks.returned(fn, out)}, it should be a scalar where no cotangent is given")
     return torch.ones_like(out)
 
 
 def _check_each(losses: Callable, out: tree.Tree, size: int) -> None:
     if not isinstance(out, Tensor) or tuple(out.shape) != (size,):
-        raise ValueError(f"{_name(losses)} returned {_shape(out)}, it should be a loss for each sample, [{size}]")
+        raise ValueError(f"{checks.returned(losses, out)}, it should be a loss for each sample, [{size}]")
 
 
 def _check_alike(found: tree.Tree, expected: tree.Tree, what: str) -> None:
     shapes = [{name: tuple(leaf.shape) for name, leaf in tree.flatten(one).items()} for one in (found, expected)]
     if words := tree.differences(*shapes):
         raise ValueError(f"{what} does not fit: {words}")
-
-
-def _name(fn: Callable) -> str:
-    return getattr(fn, "__name__", None) or getattr(getattr(fn, "func", fn), "__name__", repr(fn))
-
-
-def _shape(out: tree.Tree) -> str:
-    return f"a tensor {list(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"

@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import optree
 import torch
 from torch import Tensor
 
 from flux_func import random, tree
+from flux_func.transforms import checks, per_sample
 
 Patterns = Sequence[str] | None
 # (params, *args) to a scalar.
@@ -82,7 +82,7 @@ def hvp(loss: Loss, params: tree.Tree, v: tree.Tree, *args: Any, patterns: Patte
     Raises:
       ValueError: a loss that is no scalar, a v that does not fit, or a pattern that fits no parameter.
     """
-    fn, at = _restricted(_scalar(loss), params, patterns)
+    fn, at = _restricted(checks.scalar(loss), params, patterns)
     gradient = torch.func.grad(lambda part: fn(part, *args))
     return torch.func.jvp(gradient, (at,), (_fitting(v, at),))[1]
 
@@ -107,7 +107,7 @@ def gvp(
     fn, at = _restricted(model, params, patterns)
     run = lambda part: fn(part, *args)  # noqa: E731
     outputs, moved = torch.func.jvp(run, (at,), (_fitting(v, at),))
-    _, curved = torch.func.jvp(torch.func.grad(_scalar(loss)), (outputs,), (moved,))
+    _, curved = torch.func.jvp(torch.func.grad(checks.scalar(loss)), (outputs,), (moved,))
     # The forward pass again, rather than a graph of the tangents that nobody would go back through.
     return torch.func.vjp(run, at)[1](curved)[0]
 
@@ -175,7 +175,9 @@ def diagonal(
     return total
 
 
-def fisher_diagonal(loss: Loss, params: tree.Tree, *args: Any, chunk: int = 4, patterns: Patterns = None) -> tree.Tree:
+def fisher_diagonal(
+    loss: Loss, params: tree.Tree, batch: tree.Tree, chunk: int, patterns: Patterns = None
+) -> tree.Tree:
     """Returns the empirical Fisher's diagonal, a tree like the (chosen) parameters: the samples' mean squared gradient.
 
     The loss of a sample is taken for its negative log-likelihood, which a mean squared error is only up to a scale. And
@@ -183,34 +185,22 @@ def fisher_diagonal(loss: Loss, params: tree.Tree, *args: Any, chunk: int = 4, p
     (Kunstner et al. 2019, arXiv:1905.12558).
 
     Args:
-      loss: `(params, *args) -> scalar`, given batches of one sample: every tensor among args (and in trees there) that
-        has dimensions has the samples along its first; all else goes to each sample as it is.
+      loss: `(params, sample) -> scalar`, such as `per_sample.one(ff.loss, cfg)`.
       params, patterns: as for `hvp`.
-      args: the loss's other arguments, for all samples.
+      batch: a tree of tensors [B, ...].
       chunk: samples at a time, by vmap: so many gradients are held at once.
 
     Raises:
-      ValueError: as `hvp`, a chunk below 1, or tensors of different numbers of samples.
+      ValueError: as `hvp` and `per_sample.losses`.
     """
-    if chunk < 1:
-        raise ValueError(f"chunk {chunk} should be at least 1")
-    fn, at = _restricted(_scalar(loss), params, patterns)
-    wide, (leaves, structure) = _wide(at), optree.tree_flatten(args)
-    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.ndim]
-    sizes = sorted({len(leaves[place]) for place in places})
-    if len(sizes) != 1:
-        raise ValueError(f"the tensors among args have {sizes} samples, they should all have one number of them")
+    fn, at = _restricted(loss, params, patterns)
+    wide = _wide(at)
 
-    def one(part: tree.Tree, sample: tuple[Tensor, ...]) -> Tensor:
-        filled = dict(enumerate(leaves)) | {place: tensor[None] for place, tensor in zip(places, sample, strict=True)}
-        return fn(part, *optree.tree_unflatten(structure, filled.values()))
+    def squares(grads: tree.Tree, values: Tensor) -> tuple[tree.Tree, int]:
+        return tree.map(lambda grad: grad.to(wide).square().sum(0), grads), len(values)
 
-    gradients = torch.func.vmap(torch.func.grad(one), in_dims=(None, 0))
-    total = tree.map(lambda leaf: torch.zeros_like(leaf, dtype=wide), at)
-    for samples in zip(*(leaves[place].split(chunk) for place in places), strict=True):
-        squares = tree.map(lambda grad: grad.to(wide).square().sum(0) / sizes[0], gradients(at, samples))
-        total = tree.map(torch.add, total, squares)
-    return total
+    parts, counts = zip(*per_sample.each(fn, at, batch, chunk, squares), strict=True)
+    return tree.map(lambda *leaves: sum(leaves) / sum(counts), *parts)
 
 
 # Spectra by Lanczos.
@@ -376,18 +366,6 @@ def _fitting(v: tree.Tree, at: tree.Tree) -> tree.Tree:
     if unfit := tree.differences(*shapes):
         raise ValueError(f"v does not fit the parameters, {unfit}")
     return tree.map(lambda leaf, tangent: tangent.to(leaf), at, v)
-
-
-def _scalar(loss: Loss) -> Loss:
-    def checked(*args: Any) -> Tensor:
-        value = loss(*args)
-        if not isinstance(value, Tensor) or value.ndim:
-            name = getattr(loss, "__name__", None) or getattr(getattr(loss, "func", loss), "__name__", repr(loss))
-            what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"loss {name} returned {what}, it should return a scalar tensor")
-        return value
-
-    return checked
 
 
 def _size(at: tree.Tree) -> int:

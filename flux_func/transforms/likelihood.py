@@ -1,7 +1,8 @@
 """The probability-flow ODE of a rectified flow: log densities, and maps from data to noise and back.
 
 A velocity is any function `(x, t) -> dx/dt`, x [B, ...], t a scalar tensor and dx/dt shaped as x, that treats the
-samples of a batch apart. Along x_t = (1 - t) x_0 + t eps (Albergo & Vanden-Eijnden 2022, arXiv:2209.15571; Lipman et
+samples of a batch apart; `flow.sampler.velocity` is FLUX's, whose densities are of latents (with guidance, of what the
+guided flow samples). Along x_t = (1 - t) x_0 + t eps (Albergo & Vanden-Eijnden 2022, arXiv:2209.15571; Lipman et
 al. 2022, arXiv:2210.02747; Liu et al. 2022, arXiv:2209.03003) the mean of eps - x_0 given x_t, which FLUX learns, moves
 the density p_0 of the data at t = 0 to the standard normal p_1 at t = 1. So the ODE gives every x a density, by
 
@@ -32,10 +33,10 @@ import torch
 from torch import Tensor
 
 from flux_func import random
-from flux_func.models import flux
-from flux_func.models.layers import Ops, Params, at_least_float32
+from flux_func.flow.sampler import Velocity
+from flux_func.models.layers import at_least_float32
+from flux_func.transforms import checks
 
-Velocity = Callable[[Tensor, Tensor], Tensor]
 # (x, t) to the derivatives of all parts of the state, of which x is the first.
 Field = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
@@ -49,56 +50,6 @@ METHODS: dict[str, tuple[tuple[tuple[float, ...], ...], tuple[float, ...]]] = {
 }
 # Of the basis that an exact divergence takes derivatives along at a time.
 DIRECTIONS_AT_ONCE = 64
-
-
-def flux_velocity(
-    params: Params,
-    cfg: flux.FluxConfig,
-    *,
-    txt: Tensor,
-    y: Tensor,
-    guidance: Tensor | float | None = None,
-    ops: Ops = Ops(),
-) -> Velocity:
-    """Returns FLUX as a velocity of latents: `(x [B, 16, h, w], t) -> v [B, 16, h, w]`, h and w even.
-
-    Densities are of latents. With distilled guidance they are of what the guided flow samples, not of the data.
-
-    Args:
-      params: the model's parameters.
-      cfg: the model.
-      txt: T5's last hidden state [B or 1, L, context_in_dim].
-      y: CLIP's pooled output [B or 1, vec_in_dim].
-      guidance: distilled guidance, one number or [B], where the model has a guidance embedding.
-      ops: how linears and attention are done.
-
-    Raises:
-      ValueError: by the velocity, of shapes that do not fit, or guidance missing or for a model without it.
-    """
-
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        if x.ndim != 4 or any(side % 2 for side in x.shape[2:]):
-            raise ValueError(f"x has shape {tuple(x.shape)}, it should be latents [B, c, h, w] with even h and w")
-        batch, _, height, width = x.shape
-        wide = at_least_float32(x.dtype)
-        strength = None if guidance is None else torch.as_tensor(guidance, dtype=wide, device=x.device).reshape(-1)
-        given = {"txt": txt, "y": y, "guidance": strength, "timesteps": t.to(x.device, wide).reshape(1)}
-        v = flux.apply(
-            params,
-            cfg,
-            img=flux.patchify(x),
-            img_ids=flux.image_ids(height, width, device=x.device),
-            txt_ids=flux.text_ids(txt.shape[1], device=x.device),
-            ops=ops,
-            **{name: _for_each(value, batch) for name, value in given.items()},
-        )
-        return flux.unpatchify(v, height, width).to(wide)
-
-    return velocity
-
-
-def _for_each(value: Tensor | None, batch: int) -> Tensor | None:
-    return value if value is None or len(value) != 1 else value.expand(batch, *value.shape[1:])
 
 
 def encode(velocity: Velocity, x: Tensor, schedule: Tensor, method: str = "rk4") -> Tensor:
@@ -265,10 +216,7 @@ def _same_shape(velocity: Velocity) -> Velocity:
     def checked(x: Tensor, t: Tensor) -> Tensor:
         v = velocity(x, t)
         if not isinstance(v, Tensor) or v.shape != x.shape:
-            what = f"a tensor of shape {tuple(v.shape)}" if isinstance(v, Tensor) else type(v).__name__
-            inner = getattr(velocity, "func", velocity)
-            name = getattr(velocity, "__name__", None) or getattr(inner, "__name__", repr(velocity))
-            raise ValueError(f"velocity {name} returned {what}, it should be shaped as x, {tuple(x.shape)}")
+            raise ValueError(f"{checks.returned(velocity, v)}, it should be shaped as x, {list(x.shape)}")
         return v
 
     return checked

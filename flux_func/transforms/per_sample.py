@@ -19,10 +19,11 @@ from torch import Tensor
 
 from flux_func import random, tree
 from flux_func.models.layers import Ops, at_least_float32
-from flux_func.transforms import lora
+from flux_func.transforms import checks, lora
 from flux_func.tree import Tree
 
 Loss = Callable[..., Tensor]
+FOR_ONE = " for one sample"
 
 
 def one(loss: Loss, *static: Any) -> Loss:
@@ -44,13 +45,13 @@ def losses(loss: Loss, params: Tree, batch: Tree, chunk: int) -> Tensor:
     Raises:
       ValueError: a chunk below 1, a batch of tensors that differ in B, or a loss that is no scalar; so do all below.
     """
-    each = torch.func.vmap(_scalar(loss), in_dims=(None, 0))
+    each = torch.func.vmap(checks.scalar(loss, FOR_ONE), in_dims=(None, 0))
     return torch.cat([each(params, part) for part in _chunks(batch, chunk)])
 
 
 def gradients(loss: Loss, params: Tree, batch: Tree, chunk: int) -> Tree:
     """Returns the gradient of each sample's loss: a tree like params, each leaf with the batch before its shape."""
-    parts = _each(loss, params, batch, chunk, lambda grads, values: grads)
+    parts = each(loss, params, batch, chunk, lambda grads, values: grads)
     return tree.map(lambda *leaves: torch.cat(leaves), *parts)
 
 
@@ -59,15 +60,20 @@ def norms(loss: Loss, params: Tree, batch: Tree, chunk: int) -> tuple[Tensor, Te
 
     Never more than `chunk` gradients are held.
     """
-    found = _each(loss, params, batch, chunk, lambda grads, values: (_squares(grads).sqrt(), values))
+    found = each(loss, params, batch, chunk, lambda grads, values: (_squares(grads).sqrt(), values))
     return tuple(torch.cat(column) for column in zip(*found, strict=True))
 
 
-def _each(loss: Loss, params: Tree, batch: Tree, chunk: int, take: Callable[[Tree, Tensor], Any]) -> Iterator:
-    """Yields `take(a chunk's gradients, a tree of [chunk, ...]; its losses [chunk])`, and holds on to neither."""
-    each = torch.func.vmap(torch.func.grad_and_value(_scalar(loss)), in_dims=(None, 0))
+def each(loss: Loss, params: Tree, batch: Tree, chunk: int, take: Callable[[Tree, Tensor], Any]) -> Iterator:
+    """Yields `take(gradients, losses)` of one chunk after the other, and holds on to none: statistics of one's own.
+
+    Args:
+      loss, params, batch, chunk: as for `losses`.
+      take: of a tree like params, each leaf with the chunk's samples before its shape, and their losses [samples].
+    """
+    gradients = torch.func.vmap(torch.func.grad_and_value(checks.scalar(loss, FOR_ONE)), in_dims=(None, 0))
     for part in _chunks(batch, chunk):
-        yield take(*each(params, part))
+        yield take(*gradients(params, part))
 
 
 def _squares(grads: Tree) -> Tensor:
@@ -84,21 +90,6 @@ def _chunks(batch: Tree, chunk: int) -> Iterator[Tree]:
         raise ValueError(f"batch has the first dimensions {sizes}: should be one, the number of samples")
     for start in range(0, next(iter(sizes.values())), chunk):
         yield tree.map(lambda leaf, start=start: leaf[start : start + chunk], batch)
-
-
-def _scalar(loss: Loss) -> Loss:
-    """Returns `loss`, which is checked to return a scalar."""
-
-    @functools.wraps(loss)
-    def checked(*args: Any, **kwargs: Any) -> Tensor:
-        value = loss(*args, **kwargs)
-        if not isinstance(value, Tensor) or value.ndim:
-            what = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-            name = getattr(loss, "__qualname__", type(loss).__name__)
-            raise ValueError(f"{name} returned {what} for one sample: should be a scalar tensor")
-        return value
-
-    return checked
 
 
 # Norms without gradients.
@@ -133,7 +124,9 @@ def ghost_norms(loss: Loss, params: Tree, batch: Tree, chunk: int, ops: Ops = Op
 
     def probed(probes: Mapping[str, Tensor], others: Mapping[str, Tensor], sample: Tree) -> Tensor:
         leaves = iter({**flat, **others}.values())
-        return _scalar(loss)(_with_probes(tree.map(lambda _: next(leaves), params), probes), sample, ops=ghost)
+        return checks.scalar(loss, FOR_ONE)(
+            _with_probes(tree.map(lambda _: next(leaves), params), probes), sample, ops=ghost
+        )
 
     each = torch.func.vmap(torch.func.grad_and_value(probed, argnums=(0, 1)), in_dims=(None, None, 0))
     found = []
@@ -225,7 +218,7 @@ def noise_scale(loss: Loss, params: Tree, batch: Tree, chunk: int) -> NoiseScale
     def take(grads: Tree, values: Tensor) -> tuple[Tree, Tensor]:
         return tree.map(lambda leaf: leaf.sum(0), grads), _squares(grads)
 
-    total, squares = _sum(_each(loss, params, batch, chunk, take))
+    total, squares = _sum(each(loss, params, batch, chunk, take))
     mean = tree.map(lambda leaf: leaf[None] / len(squares), total)
     return noise_scale_from(1, squares.mean(), len(squares), _squares(mean)[0])
 
@@ -313,10 +306,10 @@ def clipped_sum(
         return tree.map(lambda leaf: torch.tensordot(scale.to(leaf.dtype), leaf, 1), grads), norms
 
     def weighted(params: Tree, part: Tree, norms: Tensor) -> Tensor:
-        return (torch.func.vmap(_scalar(loss), in_dims=(None, 0))(params, part) * weights(norms)).sum()
+        return (torch.func.vmap(checks.scalar(loss, FOR_ONE), in_dims=(None, 0))(params, part) * weights(norms)).sum()
 
     if norms is None:
-        return _sum(_each(loss, params, batch, chunk, take))
+        return _sum(each(loss, params, batch, chunk, take))
     norms = norms.detach()
     pairs = zip(_chunks(batch, chunk), norms.split(chunk), strict=True)
     return _sum((torch.func.grad(weighted)(params, part, known), known) for part, known in pairs)

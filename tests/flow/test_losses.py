@@ -1,15 +1,11 @@
 """Losses by sample against their definitions, written out in float64 with difference quotients for derivatives."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from flux_func import tree
-from flux_func.flow import losses, path, sampler, timesteps
+from flux_func.flow import losses, path, sampler
 from tests.helpers import tiny_model
 from tests.helpers.tiny_model import CFG, GUIDED, NAIVE, call, column, mean_square, on_path, slope
 
@@ -67,51 +63,6 @@ def test_weighted_is_the_weighted_mean():
     batch = tiny_model.batch(3)
     expected = (batch["timesteps"].square() * losses.flow_matching(PARAMS, CFG, batch)).mean()
     torch.testing.assert_close(losses.weighted(PARAMS, CFG, batch, torch.square), expected)
-
-
-@given(st.floats(-1, 1), st.floats(0.5, 2), st.floats(0.02, 0.98))
-@settings(max_examples=20, deadline=None)
-def test_logit_normal_density_is_that_of_its_draws(mean, std, u):
-    # Where the quantile function has slope s, the density is 1 / s.
-    h = 1e-6
-    points = timesteps.logit_normal(torch.tensor([u - h, u, u + h], dtype=torch.float64), mean, std)
-    density = losses.logit_normal_density(points[1], mean, std)
-    assert density.item() == pytest.approx((2 * h / (points[2] - points[0])).item(), rel=1e-6)
-
-
-@given(st.floats(-1, 2 / (math.pi - 2) - 1e-2), st.floats(0.02, 0.98))
-@settings(max_examples=20, deadline=None)
-def test_mode_density_is_that_of_its_draws(scale, u):
-    h = 1e-6
-    points = losses.mode(torch.tensor([u - h, u, u + h], dtype=torch.float64), scale)
-    density = losses.mode_density(points[1], scale)
-    assert density.item() == pytest.approx((2 * h / (points[0] - points[2])).item(), rel=1e-6)
-
-
-@pytest.mark.parametrize("density", [losses.logit_normal_density, losses.mode_density])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_densities_are_finite_and_add_up_to_one(density, dtype):
-    t = torch.linspace(0, 1, 2001, dtype=dtype)
-    values = density(t)
-    assert values.dtype == dtype and values.isfinite().all()
-    assert torch.trapezoid(values.double(), t.double()).item() == pytest.approx(1, abs=2e-4)
-
-
-def test_mode_has_both_ends_and_refuses_what_is_not_monotonic():
-    ends = losses.mode(torch.tensor([0.0, 1.0], dtype=torch.float64))
-    torch.testing.assert_close(ends, torch.tensor([1.0, 0.0], dtype=torch.float64))
-    with pytest.raises(ValueError, match="scale 1.8 should be from -1 to"):
-        losses.mode(ends, 1.8)
-
-
-def test_a_density_weights_as_its_draws_would():
-    # The mean of any f(t) over draws from p is that of p f over uniform ones.
-    u = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
-    for draws, density in (
-        (timesteps.logit_normal(u), losses.logit_normal_density),
-        (losses.mode(u), losses.mode_density),
-    ):
-        assert torch.exp(draws).mean().item() == pytest.approx((density(u) * torch.exp(u)).mean().item(), rel=1e-6)
 
 
 # Guidance distillation.

@@ -35,6 +35,51 @@ def test_logit_normal_stays_inside_even_at_the_ends(dtype, std):
     assert (t.diff() >= 0).all() and t[2] == 0.5
 
 
+@given(st.floats(-1, 1), st.floats(0.5, 2), st.floats(0.02, 0.98))
+@settings(max_examples=20, deadline=None)
+def test_logit_normal_density_is_that_of_its_draws(mean, std, u):
+    # Where the quantile function has slope s, the density is 1 / s.
+    h = 1e-6
+    points = timesteps.logit_normal(torch.tensor([u - h, u, u + h], dtype=torch.float64), mean, std)
+    density = timesteps.logit_normal_density(points[1], mean, std)
+    assert density.item() == pytest.approx((2 * h / (points[2] - points[0])).item(), rel=1e-6)
+
+
+@given(st.floats(-1, 2 / (math.pi - 2) - 1e-2), st.floats(0.02, 0.98))
+@settings(max_examples=20, deadline=None)
+def test_mode_density_is_that_of_its_draws(scale, u):
+    h = 1e-6
+    points = timesteps.mode(torch.tensor([u - h, u, u + h], dtype=torch.float64), scale)
+    density = timesteps.mode_density(points[1], scale)
+    assert density.item() == pytest.approx((2 * h / (points[0] - points[2])).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("density", [timesteps.logit_normal_density, timesteps.mode_density])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_densities_are_finite_and_add_up_to_one(density, dtype):
+    t = torch.linspace(0, 1, 2001, dtype=dtype)
+    values = density(t)
+    assert values.dtype == dtype and values.isfinite().all()
+    assert torch.trapezoid(values.double(), t.double()).item() == pytest.approx(1, abs=2e-4)
+
+
+def test_mode_has_both_ends_and_refuses_what_is_not_monotonic():
+    ends = timesteps.mode(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    torch.testing.assert_close(ends, torch.tensor([1.0, 0.0], dtype=torch.float64))
+    with pytest.raises(ValueError, match="scale 1.8 should be from -1 to"):
+        timesteps.mode(ends, 1.8)
+
+
+def test_a_density_weights_as_its_draws_would():
+    # The mean of any f(t) over draws from p is that of p f over uniform ones.
+    u = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
+    for draws, density in (
+        (timesteps.logit_normal(u), timesteps.logit_normal_density),
+        (timesteps.mode(u), timesteps.mode_density),
+    ):
+        assert torch.exp(draws).mean().item() == pytest.approx((density(u) * torch.exp(u)).mean().item(), rel=1e-6)
+
+
 def test_counted_draws_have_the_distributions_asked_for():
     u = draws()
     uniform = timesteps.sample("uniform", u)
@@ -43,6 +88,11 @@ def test_counted_draws_have_the_distributions_asked_for():
     assert scipy.stats.kstest(uniform, "uniform").pvalue > 0.01
     assert scipy.stats.kstest(logit, "norm").pvalue > 0.01
     assert scipy.stats.kstest(torch.logit(timesteps.logit_normal(u, 0.3, 2.0)), "norm", args=(0.3, 2.0)).pvalue > 0.01
+    # P(t < t(u)) is 1 - u: the mode's timesteps descend in u.
+    t = timesteps.sample("mode", u)
+    grid = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    below = np.interp(np.sort(t), timesteps.mode(grid).flip(0), (1 - grid).flip(0))
+    assert scipy.stats.kstest(below, "uniform").pvalue > 0.01
 
 
 def test_stratified_puts_one_sample_in_each_stratum_and_is_uniform():

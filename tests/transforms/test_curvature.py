@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from flux_func import tree
 from flux_func.flow import path
 from flux_func.models import flux
-from flux_func.transforms import curvature
+from flux_func.transforms import curvature, per_sample
 
 TYPE = torch.float64
 
@@ -261,13 +261,18 @@ def test_fisher_diagonal_is_the_mean_of_squares():
     params, x, target = network()
     each = [torch.func.grad(loss)(params, x[i : i + 1], target[i : i + 1]) for i in range(5)]
     expected = torch.stack([ravel(grad).square() for grad in each]).mean(0)
+    batch = {"x": x, "target": target}
+
+    def one(params, sample):
+        return loss(params, sample["x"][None], sample["target"][None])
+
     for chunk in (1, 2, 4, 5, 8):
-        found = curvature.fisher_diagonal(loss, params, x, target, chunk=chunk)
+        found = curvature.fisher_diagonal(one, params, batch, chunk=chunk)
         torch.testing.assert_close(ravel(found), expected, rtol=1e-12, atol=1e-15)
-    part = curvature.fisher_diagonal(loss, params, x, target, patterns=CHOSEN)
+    part = curvature.fisher_diagonal(one, params, batch, chunk=4, patterns=CHOSEN)
     torch.testing.assert_close(ravel(part), expected[places(params, CHOSEN)], rtol=1e-12, atol=1e-15)
     low = tree.map(torch.Tensor.bfloat16, params)
-    rough = curvature.fisher_diagonal(loss, low, x.bfloat16(), target.bfloat16())
+    rough = curvature.fisher_diagonal(one, low, tree.map(torch.Tensor.bfloat16, batch), chunk=4)
     assert {leaf.dtype for leaf in tree.leaves(rough)} == {torch.float32}
 
 
@@ -325,7 +330,7 @@ def test_every_estimate_works_on_flux(tiny):
     assert abs(found.value - matrix.trace()) < 3 * found.standard_error
     diagonal = curvature.diagonal(*args, seed=0, probes=1, patterns=MLPS)
     assert list(diagonal) == list(tree.select(params, MLPS))
-    sampled = curvature.fisher_diagonal(*args, chunk=2, patterns=MLPS)
+    sampled = curvature.fisher_diagonal(per_sample.one(path.loss, CFG), params, batch, chunk=2, patterns=MLPS)
     one = lambda i: torch.func.grad(path.loss)(params, CFG, {k: v[i : i + 1] for k, v in batch.items()})  # noqa: E731
     expected = torch.stack([ravel(tree.select(one(i), MLPS)).square() for i in range(3)]).mean(0)
     torch.testing.assert_close(ravel(sampled), expected, rtol=1e-10, atol=1e-16)
@@ -346,7 +351,7 @@ def test_misuse_gives_a_sentence(tiny):
     def losses(params, x, target):
         return (model(params, x) - target).square().mean(1)
 
-    says = r"loss losses returned a tensor of shape \(5,\), it should return a scalar tensor"
+    says = r"losses returned a tensor \[5\], it should be a scalar tensor"
     for run in (
         lambda: curvature.hvp(losses, params, v, *data),
         lambda: curvature.hvp(functools.partial(losses, target=data[1]), params, v, data[0]),
@@ -355,9 +360,9 @@ def test_misuse_gives_a_sentence(tiny):
     ):
         with pytest.raises(ValueError, match=says):
             run()
-    with pytest.raises(ValueError, match=r"loss losses returned a tensor of shape \(1,\)"):
-        curvature.fisher_diagonal(losses, params, *data)
-    with pytest.raises(ValueError, match="loss <lambda> returned dict"):
+    with pytest.raises(ValueError, match=r"<lambda> returned a tensor \[3\] for one sample, it should be a scalar"):
+        curvature.fisher_diagonal(lambda params, x: params["b"] * x.sum(), params, data[0], chunk=4)
+    with pytest.raises(ValueError, match="<lambda> returned a dict"):
         curvature.gvp(model, lambda out: {"loss": out.sum()}, params, v, data[0])
     with pytest.raises(ValueError, match="probes 1 should be at least 2"):
         curvature.trace(loss, params, *data, seed=0, probes=1)
@@ -367,7 +372,3 @@ def test_misuse_gives_a_sentence(tiny):
         curvature.eigenpairs(loss, params, *data, seed=0, count=25, steps=100)
     with pytest.raises(ValueError, match="probes 0 and steps 24"):
         curvature.spectrum(loss, params, *data, seed=0, probes=0)
-    with pytest.raises(ValueError, match="chunk 0 should be at least 1"):
-        curvature.fisher_diagonal(loss, params, *data, chunk=0)
-    with pytest.raises(ValueError, match=r"\[4, 5\] samples"):
-        curvature.fisher_diagonal(loss, params, data[0], data[1][:4])
