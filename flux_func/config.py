@@ -94,6 +94,11 @@ def default() -> ml_collections.ConfigDict:
         text_encoder=(("*", {"shard": 0, "context": 0}),),  # T5's weights
     )
     config.remat = dict(policy="none")  # "full": keep each stage's input alone, compute it again in the backward pass
+    config.compile = dict(
+        enabled=False,  # compile each kind of stage in the training step: the first steps take minutes, the others less
+        backend="inductor",  # of torch.compile: "inductor", or "aot_eager" to try out what compiles
+        mode="",  # inductor's: "max-autotune", "reduce-overhead" (CUDA graphs), ...; "": its default
+    )
     config.numerics = dict(
         param="float32",  # type of parameters and moments: "float32" or "bfloat16"
         compute="float32",  # type that parameters are cast to before each stage: "float32" or "bfloat16"
@@ -152,6 +157,8 @@ CHOICES = {
     "train.timesteps": ("uniform", "logit_normal", "mode", "stratified"),
     "optimizer.schedule": ("constant", "cosine", "linear"),
     "remat.policy": ("none", "full"),
+    "compile.backend": ("inductor", "aot_eager"),
+    "compile.mode": ("", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     "numerics.param": ("float32", "bfloat16"),
     "numerics.compute": ("float32", "bfloat16"),
     "numerics.reduce": ("float32", "bfloat16"),
@@ -204,6 +211,7 @@ READ_WITH = {
     "optimizer.decay_steps": ("optimizer.schedule", ("cosine", "linear")),
     "optimizer.final_lr_fraction": ("optimizer.schedule", ("cosine", "linear")),
     "checkpoint.export_dtype": ("checkpoint.last_weights_only", (True,)),
+    "compile.mode": ("compile.enabled", (True,)),
 }
 # What may change between a checkpoint and the run that goes on from it.
 RESUME_MAY_DIFFER = (
@@ -214,6 +222,7 @@ RESUME_MAY_DIFFER = (
     "metrics.*",
     "parallel.*",
     "remat.*",
+    "compile.*",
     "*.every",
 )
 

@@ -16,6 +16,7 @@ from flux_func.parallel.placements import Placement
 from flux_func.parallel.sharding import Sharding
 from flux_func.train import optimizer as optimizers
 from flux_func.train.state import DTYPES, trained
+from flux_func.transforms import compiled
 
 
 def build(
@@ -57,11 +58,14 @@ def _of_lora(config: ml_collections.ConfigDict, cfg: flux.FluxConfig, base: Shar
 
 
 def ops(config: ml_collections.ConfigDict, cfg: flux.FluxConfig, made: Sharding) -> Ops:
-    """Returns how a training step's operations are done: with attention over the processes that share a sequence."""
-    if not made.splits:
-        return Ops()
-    p = config.parallel
-    return Ops(attention=attention.context_attention(p.attention, made.mesh, cfg.num_heads, p.ulysses))
+    """Returns how a training step's operations are done: compiled, and with attention over a sequence's processes."""
+    found, p = Ops(), config.parallel
+    if made.splits:
+        found = Ops(attention=attention.context_attention(p.attention, made.mesh, cfg.num_heads, p.ulysses))
+    if config.compile.enabled:
+        options = {"mode": config.compile.mode} if config.compile.mode else {}
+        found = dataclasses.replace(found, wrap_stage=compiled.stages(backend=config.compile.backend, **options))
+    return found
 
 
 def say(places: Mapping[str, Placement], mesh: Mesh) -> str:

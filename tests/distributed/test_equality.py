@@ -13,6 +13,7 @@ ONE = {"replicate": 1, "shard": 1, "context": 1}
 RING = {"parallel.attention": "ring"}
 ULYSSES = {"parallel.attention": "ulysses"}
 FULL = {"remat.policy": "full"}
+COMPILED = {"compile.enabled": True, "compile.backend": "aot_eager"}
 
 
 def mesh(replicate: int = 1, shard: int = 1, context: int = 1) -> dict[str, int]:
@@ -64,6 +65,8 @@ def assert_equal(found: tuple) -> None:
         (mesh(context=4), RING),
         (mesh(context=4), ULYSSES),
         (mesh(context=4), {**ULYSSES, "parallel.ulysses": 2}),
+        (mesh(shard=2, context=2), {**COMPILED, **FULL}),
+        (mesh(context=2), {**COMPILED, **RING}),
         (mesh(2, 2, 2), {}),
         (mesh(2, 2, 2), {**RING, **FULL, "train.accumulate": 4}),
     ],

@@ -7,7 +7,7 @@ import torch
 
 from flux_func import tree
 from flux_func.errors import UserError
-from flux_func.models import flux
+from flux_func.models import blocks, flux
 from flux_func.parallel.mesh import AXES, Mesh
 from flux_func.train import layout, optimizer, state
 from tests.helpers import tiny_run
@@ -72,6 +72,14 @@ def test_one_config_serves_any_size_of_context():
 
 
 @pytest.mark.parametrize("lr", [{}, {"optimizer.warmup_steps": 5000, "optimizer.lr": 1e-5}])
+def test_a_compiled_step_finds_again_what_was_compiled():
+    config = tiny_run.config({"compile.enabled": True, "compile.backend": "aot_eager"})
+    cfg = state.model_config(config)
+    ops = layout.ops(config, cfg, layout.build(config, cfg, optimizer.from_config(config), mesh(1, 1, 1), CPU))
+    first, second = (flux.bind(flux.chain(cfg)[place], ops) for place in (1, 2))
+    assert first.func is second.func is not blocks.double_block
+
+
 def test_an_optimizer_that_mixes_a_leafs_numbers_wants_it_whole(lr):
     fields = {"optimizer.name": "Adafactor", **lr}
     said = refusal(fields, 1, 2, 1)
