@@ -22,6 +22,7 @@ PARTS = {
     "parameters": ("state", ("params",), "#1f4e79"),
     "moments": ("state", ("opt",), "#4a86b8"),
     "average": ("state", ("ema",), "#9dc3e6"),
+    "weights under the LoRA": ("state", ("base",), "#7030a0"),
     "encoders": ("frozen", ("T5", "CLIP", "autoencoder"), "#7f7f7f"),
     "gathered stages": ("at_the_peak", ("gathered",), "#548235"),
     "gradients": ("at_the_peak", ("gradients",), "#c55a11"),

@@ -4,6 +4,7 @@ Where a program runs as several ranks, the first of them speaks for all, and a r
 """
 
 import functools
+import math
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 import tqdm
@@ -44,6 +46,21 @@ def define_workdir(help_line: str, required: bool = True) -> None:
     """Defines --workdir, which may not be empty: that would be the folder one happens to be in."""
     flags.DEFINE_string("workdir", None, help_line, required=required)
     flags.register_validator("workdir", lambda value: value != "", message="should name a folder")
+
+
+def split_weight(text: str) -> tuple[str, float]:
+    """Returns (file, weight) of --lora, FILE or FILE:WEIGHT, 1 where none is given; UserError for what is no weight."""
+    file, colon, weight = text.rpartition(":")
+    # An address of the hub has a colon too.
+    if text and (not colon or weight.startswith("//") or Path(text).exists()):
+        return text, 1.0
+    try:
+        number = float(weight)
+    except ValueError:
+        number = math.nan
+    if not file or not math.isfinite(number):
+        raise UserError(f"--lora is {text!r}: should be a file, or FILE:WEIGHT with a number, such as FILE:0.8")
+    return file, number
 
 
 def run(main: Callable[[list[str]], int | None], alone: bool = False) -> None:

@@ -23,14 +23,14 @@ import torch
 from absl import flags
 from tqdm import tqdm
 
-from flux_func import cli
+from flux_func import cli, tree
 from flux_func import config as configs
 from flux_func.errors import UserError
 from flux_func.models import autoencoder, flops, flux
 from flux_func.parallel import mesh
 from flux_func.plan import devices, encoding, predict, report, trace
 from flux_func.plan.report import Case
-from flux_func.train import encoders, layout, optimizer, state
+from flux_func.train import adapt, encoders, layout, optimizer, state
 from flux_func.train import step as steps
 
 # The text encoders of FLUX.1, where the config names no folder with others: their config.json.
@@ -127,6 +127,9 @@ def complete(config: ml_collections.ConfigDict) -> Iterator[ml_collections.Confi
                 Path(folder, part).mkdir()
                 Path(folder, part, "config.json").write_text(json.dumps(form), encoding="utf-8")
         config.autoencoder.random_init |= config.autoencoder.kind == "kl" and not config.autoencoder.path
+        if config.lora.rank and not config.model.weights:
+            config.model.init = "nonzero"  # whatever the weights under a LoRA are
+        config.compile.update(enabled=False, mode="")  # counted eager: compiled, nothing more is kept or sent
         if config.data.source != "digits":
             config.data.path = config.data.path or "not given"
         yield config
@@ -146,10 +149,6 @@ class Asked(NamedTuple):
 
 def prepare(config: ml_collections.ConfigDict) -> Asked:
     """Returns what a config asks for; UserError where that cannot be."""
-    if config.lora.rank:
-        raise UserError(
-            f"lora.rank is {config.lora.rank}: what a LoRA takes is not planned; set it to 0 for the weights"
-        )
     path, chosen = config.model.weights, optimizer.from_config(config)
     cfg = state.model_config(config, state.find_weights(path, "transformer", "model.weights") if path else None)
     return Asked(config, cfg, chosen, state.abstract(config, cfg, chosen))
@@ -182,7 +181,7 @@ def plan_one(asked: Asked, sizes: Mapping[str, int], cluster: devices.Cluster, k
     encoded = encoders_of(config, problem, cluster.device)
     found = predict.predict(dataclasses.replace(problem, **encoded), cluster, known)
     tokens = ((config.data.image_size // 16) ** 2, config.text.max_length)
-    operations = flops.training_flops(asked.cfg, *tokens) * config.train.batch_size
+    operations = flops.training_flops(asked.cfg, *tokens) * config.train.batch_size * adapt.share_of_flops(config)
     return Case(cluster, found, config.train.batch_size, operations)
 
 
@@ -191,6 +190,12 @@ def pose(asked: Asked, over: mesh.Mesh, device: torch.device) -> predict.Problem
     config, cfg, opt, shapes = asked
     # Of a state in the host's memory the gradients stay where they are: nothing can be copied off the meta device.
     split = dataclasses.replace(layout.build(config, cfg, opt, over, device), home=device)
+    base = None
+    if config.lora.rank:
+        under = dataclasses.replace(layout.of_weights(config, cfg, over, device), home=device)
+        base = adapt.Base(predict.parts(under.params, over), under, cfg)
+    placed = state.placement(shapes, split)
+    each = (placed[path] for path in tree.flatten(shapes))
     count = config.train.batch_size // over.size(split.batch_axes) // config.train.accumulate
     update = functools.partial(
         steps.apply, loss=torch.zeros((), device="meta"), step=0, config=config, optimizer=opt, sharding=split
@@ -198,13 +203,14 @@ def pose(asked: Asked, over: mesh.Mesh, device: torch.device) -> predict.Problem
     return predict.Problem(
         cfg=cfg,
         sharding=split,
-        state=state.placement(shapes, split),
+        state=tree.map(lambda _: next(each), shapes),
         batch=batch(config, cfg, count),
         ops=layout.ops(config, cfg, split),
         remat=config.remat.policy,
         accumulate=config.train.accumulate,
         update=update,
         offload=config.parallel.offload,
+        base=base,
     )
 
 
@@ -260,7 +266,8 @@ def describe(asked: Asked, case: Case) -> str:
         f"{over.size()} {case.cluster.device.name}, {case.cluster.node} to a node; batch {config.train.batch_size}: "
         f"{config.train.accumulate} x {micro} on a process",
         "",
-        layout.say(problem.state, over),
+        layout.say(tree.flatten(problem.state), over),
+        *([adapt.say(problem.base)] if problem.base else []),
     ]
     return "\n".join(lines)
 

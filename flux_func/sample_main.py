@@ -171,7 +171,7 @@ def choose_loras(source: Origin, given: Sequence[str]) -> Origin:
     """Returns the origin with the LoRAs of --lora on top, which are read; UserError for one that cannot be."""
     loras, named = list(source.loras), []
     for text in given:
-        file, weight = split_weight(text)
+        file, weight = cli.split_weight(text)
         try:
             loras.append((lora_files.load(file, source.cfg), weight))
         except UserError as error:
@@ -179,20 +179,6 @@ def choose_loras(source: Origin, given: Sequence[str]) -> Origin:
         named.append([file, weight])
     about = {**source.about, "lora": named} if named else source.about
     return dataclasses.replace(source, loras=tuple(loras), about=about)
-
-
-def split_weight(text: str) -> tuple[str, float]:
-    """Returns (file, weight) of FILE or FILE:WEIGHT, 1 where none is given; UserError for what is no weight."""
-    file, colon, weight = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return text, 1.0
-    try:
-        number = float(weight)
-    except ValueError:
-        number = math.nan
-    if not file or not math.isfinite(number):
-        raise UserError(f"--lora is {text!r}: should be a file, or FILE:WEIGHT with a number, such as FILE:0.8")
-    return file, number
 
 
 def read_prompts(prompts: Sequence[str], path: str | None) -> list[str]:

@@ -89,6 +89,22 @@ def test_state_in_the_host_s_memory_is_not_the_device_s(tmp_path, capfd):
     assert "moments (in the host's memory)" in capfd.readouterr().out
 
 
+def test_a_lora_over_flux_dev(capfd, tmp_path):
+    """Its weights take two bytes a parameter, its own parameters and two moments four each; no weights are needed."""
+    out = tmp_path / "plan.json"
+    given = ("--config=configs/flux_dev_lora.py", "--config.model.flavor=flux-dev", "--config.train.batch_size=1")
+    simple = ("--config.train.accumulate=1", "--config.text.kind=hash", "--config.autoencoder.kind=dct")
+    planned(*given, *simple, "--mesh=shard=1", f"--json={out}")
+    (saved,) = json.loads(out.read_text())["plans"]
+    trained = 76_578_816
+    state = saved["bytes"]["state"]
+    assert state["base"] == 2 * 11_901_408_320 and state["params"] == 4 * trained
+    assert state["opt"] == pytest.approx(8 * trained, rel=1e-6)
+    assert saved["bytes"]["in_all"] == pytest.approx(25.6e9, rel=0.01)
+    said = capfd.readouterr().out
+    assert "under the LoRA, a process has weights 23,802.82 MB" in said and "weights under the LoRA    22.17" in said
+
+
 def test_what_does_not_fit_is_said_and_is_the_exit_code(capfd):
     big = ("--config=configs/flux_dev.py", "--config.text.kind=hash", "--config.autoencoder.kind=dct")
     planned(*big, "--mesh=replicate=2", "--config.train.batch_size=4", "--device=h100", code=1)
@@ -119,8 +135,8 @@ def test_what_does_not_fit_is_said_and_is_the_exit_code(capfd):
             "--json is '/nowhere/plan.json': there is no folder /nowhere",
         ),
         (
-            ("--mesh=shard=8", "--config.lora.rank=4", "--config.model.init=nonzero"),
-            "lora.rank is 4: what a LoRA takes is not",
+            ("--mesh=shard=8", "--config.lora.rank=4", "--config.lora.patterns=('*.attn.qkv',)"),
+            "lora.patterns is ('*.attn.qkv',): pattern '*.attn.qkv' fits no path of the tree; the nearest are",
         ),
     ],
 )

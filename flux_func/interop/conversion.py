@@ -1,14 +1,14 @@
 """Converting as a plan, made and checked before anything is written: which weights go where, and what is copied."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from flux_func.errors import UserError
-from flux_func.interop import formats, hub, pipelines, recognize, target, weights
+from flux_func.interop import formats, hub, merging, pipelines, recognize, target, weights
 from flux_func.interop.pipelines import FOLDERS
 from flux_func.interop.stored import Stored, part_of
 from flux_func.models.flux import FLAVORS
@@ -105,6 +105,27 @@ def plan(
         return _of_pipeline(places["pipeline"], target_path, dtype)
     stored = {place: recognize.find(path, place or part) for place, path in places.items()}
     return _of_weights(stored, target_path, format, dtype, left_out)
+
+
+def adapted(plan: Plan, adapters: Sequence[merging.Adapter]) -> Plan:
+    """Returns the plan with LoRAs added to its transformer.
+
+    Raises:
+      UserError: there is no transformer in it, or what `merging.merged` raises; or a whole pipeline would get a
+        transformer of more input channels, which it is not for.
+    """
+    names = ", ".join(each.name for each in adapters)
+    found = [place for place, stored in plan.stored.items() if part_of(stored.cfg) == "transformer"]
+    if not found:
+        raise UserError(f"--lora is {names}: is of the transformer, and none is converted; leave it out")
+    before = plan.stored[found[0]]
+    after = merging.merged(before, adapters, plan.dtype)
+    if plan.copies and before.cfg.in_channels != after.cfg.in_channels:
+        raise UserError(
+            f"--lora is {names}: makes a transformer of {after.cfg.in_channels} channels, for which this pipeline's "
+            f"other parts are not; add --part=transformer"
+        )
+    return replace(plan, stored={**plan.stored, found[0]: after})
 
 
 def check(plan: Plan, overwrite: bool = False) -> None:

@@ -40,7 +40,7 @@ def fetch(address: str, parts: Collection[str], whole: bool = False) -> dict[str
     Args:
       address: `hf://owner/repo`, with `@revision` where not the newest, and a file's or folder's path in it where the
         repository does not say by its names which one is meant.
-      parts: which of "transformer" and "autoencoder" are wanted.
+      parts: which of "transformer" and "autoencoder" are wanted; none: the one safetensors file there is, of a LoRA.
       whole: the whole pipeline is wanted, where the repository has one.
 
     Returns:
@@ -80,7 +80,7 @@ def choose(address: str, names: list[str], path: str, parts: Collection[str], wh
         below = [path] if path in names else _below(names, path)
         if not below:
             raise UserError(f"--from is {address!r}: the repository has no such file; {_offers(names)}")
-        return {"": below}
+        return {"": [*below, *_adapter_config(names, below)]}
     if whole and INDEX in names:
         folders = {name.split("/")[0] for name in names if "/" in name}
         return {"pipeline": [INDEX, *(name for folder in sorted(folders) for name in _below(names, folder))]}
@@ -95,8 +95,15 @@ def choose(address: str, names: list[str], path: str, parts: Collection[str], wh
         return chosen
     alone = [name for name in names if name.endswith(".safetensors")]
     if len(alone) != 1:
-        raise UserError(f"--from is {address!r}: no file's name says {' or '.join(parts)}; {_offers(names)}")
-    return {"": alone}
+        said = f"no file's name says {' or '.join(parts)}" if parts else "it is not clear which of its files is meant"
+        raise UserError(f"--from is {address!r}: {said}; {_offers(names)}")
+    return {"": [*alone, *_adapter_config(names, alone)]}
+
+
+def _adapter_config(names: list[str], files: list[str]) -> list[str]:
+    """Returns what PEFT keeps beside a LoRA's file, where it says alpha."""
+    beside = [re.sub(r"(^|/)adapter_model\.safetensors$", r"\1adapter_config.json", name) for name in files]
+    return [name for name in beside if name in names and name not in files]
 
 
 def _below(names: list[str], folder: str) -> list[str]:

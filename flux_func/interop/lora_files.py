@@ -4,15 +4,14 @@
     diffusers  transformer.transformer_blocks.0.attn.to_q.lora_A.weight: query, key and value apart, as its weights are
     kohya      lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight, .lora_up.weight, and .alpha
 
-What has alpha nowhere else has it in B when written. A form that has a linear in parts is joined exactly: parts that
-share their A keep it, others' factors are stacked, B block by block along its diagonal; and taken apart as exactly.
+A B may have a bias, `.lora_B.bias`, but not in kohya's form. What has alpha nowhere else has it in B when written. A
+form that has a linear in parts is joined exactly: parts that share their A keep it, others' factors are stacked, B
+block by block along its diagonal; and taken apart as exactly.
 
 After huggingface/diffusers, `loaders/lora_conversion_utils.py` and `utils/peft_utils.py`, kohya-ss/sd-scripts,
 `networks/lora_flux.py`, and black-forest-labs/flux, `modules/lora.py`.
 """
 
-import dataclasses
-import functools
 import json
 import math
 import re
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from flux_func import tree
 from flux_func.errors import UserError
-from flux_func.interop import diffusers, safetensors_io, strangers
+from flux_func.interop import lora_layers, safetensors_io, strangers
 from flux_func.interop.safetensors_io import Tensors
 from flux_func.interop.stored import cast
 from flux_func.models import flux
@@ -38,8 +37,9 @@ FORMATS = ("bfl", "diffusers", "kohya")
 # {path of a linear of ours: its update}.
 Updates = Mapping[str, LowRank]
 
+_BIAS = re.compile(r"(.+?)\.lora_B(?:\.default)?\.bias")
+_SCALE = re.compile(r"(.+\.(?:query|key)_norm)\.scale|(.+\.norm_(?:added_)?[qk])\.weight")
 _FACTOR = re.compile(r"(.+?)\.(?:lora_(A|B)(?:\.default)?|lora[._](down|up))\.weight")
-_PREFIX = re.compile(r"((base_model\.model|model|diffusion_model|transformer|unet)\.)*(lora_(unet|transformer)_)?")
 _OF_TEXT = re.compile(r"text_encoder|lora_te|text_model|t5xxl|clip_")
 # (what a name in it looks like, what a file with one is).
 _OTHERS = (
@@ -50,10 +50,7 @@ _OTHERS = (
     (r"\.processor\.", "a LoRA of XLabs' kind, which has names of its own"),
 )
 # The same of what is beside a LoRA's factors.
-_BESIDE = (
-    (r"\.(query|key)_norm\.scale$|\.norm_(added_)?[qk]\.weight$", "a LoRA like FLUX.1 Canny's and Depth's, with norms"),
-    (r"\.(diff|diff_b|set_weight|bias)$", "a LoRA that changes biases or whole weights too"),
-)
+_BESIDE = ((r"\.(diff|diff_b|set_weight|reshape_weight)$", "a LoRA in ComfyUI's form that changes whole weights too"),)
 _ADALN = "final_layer.adaLN_modulation.1"
 
 
@@ -136,27 +133,49 @@ def read(path: str | Path) -> dict[str, LowRank]:
       path: a safetensors file, or a folder with one.
 
     Raises:
-      UserError: no LoRA, one that changes more than linears' weights by low-rank factors, one of another model than
-        FLUX.1, or one that is not whole.
+      UserError: no LoRA, one that changes more than linears by low-rank factors, one of another model than FLUX.1, or
+        one that is not whole.
     """
+    updates, scales = read_all(path)
+    if scales:
+        raise UserError(
+            f"{path}: is a LoRA like FLUX.1 Canny's and Depth's, which makes another model (it holds "
+            f"{next(iter(scales))!r}); merge it into its base: convert_main --from=BASE --lora=FILE ..."
+        )
+    return updates
+
+
+def read_all(path: str | Path) -> tuple[dict[str, LowRank], dict[str, Tensor]]:
+    """Returns what `read` does, and {our path: scale [head_dim]} of the norms of queries and keys that it replaces."""
     file = _file(Path(path).expanduser())
     strangers.refuse(file)
     stored = safetensors_io.open_files([file])
     names = [name for name in stored.shapes if not _OF_TEXT.match(name)]
-    _check_kind(file, names, stored)
+    _check_kind(file, names)
     if left_out := len(stored.shapes) - len(names):
         logging.warning("%s: left out: what it changes in text encoders (%d tensors)", file, left_out)
     found: dict[str, dict[str, Tensor]] = {}
+    scales: dict[str, Tensor] = {}
     for name in names:
-        if match := _FACTOR.fullmatch(name):
-            layer, kind = match[1], match[2] or {"down": "A", "up": "B"}[match[3]]
-        elif name.endswith(".alpha"):
-            layer, kind = name.removesuffix(".alpha"), "alpha"
-        else:
-            continue  # a bias of zeros
-        found.setdefault(layer, {})[kind] = stored.read(name, 0, (stored.shapes[name] or (1,))[0])
+        tensor = stored.read(name, 0, (stored.shapes[name] or (1,))[0])
+        if _SCALE.fullmatch(name):
+            scales[name] = tensor
+            continue
+        layer, kind = _layer(name)
+        found.setdefault(layer, {})[kind] = tensor
     alpha = _alphas(file, stored)
-    return _joined(file, {layer: _update(file, layer, parts, alpha) for layer, parts in found.items()})
+    updates = _joined(file, {layer: _update(file, layer, parts, alpha) for layer, parts in found.items()})
+    norms = lora_layers.norms(lora_layers.blocks(scales))
+    return updates, {norms[lora_layers.bare(name)]: scale for name, scale in scales.items()}
+
+
+def _layer(name: str) -> tuple[str, str]:
+    """Returns (name of the layer, "A", "B", "bias" or "alpha") of a tensor's name."""
+    if match := _FACTOR.fullmatch(name):
+        return match[1], match[2] or {"down": "A", "up": "B"}[match[3]]
+    if match := _BIAS.fullmatch(name):
+        return match[1], "bias"
+    return name.removesuffix(".alpha"), "alpha"
 
 
 def is_lora(path: str | Path) -> bool:
@@ -179,22 +198,18 @@ def _file(path: Path) -> Path:
     return files[0]
 
 
-def _check_kind(file: Path, names: Sequence[str], stored: Tensors) -> None:
+def _check_kind(file: Path, names: Sequence[str]) -> None:
     is_one = any(_FACTOR.fullmatch(name) for name in names)
     for pattern, what in (*_OTHERS, *(_BESIDE if is_one else ())):
         for name in names:
-            if re.search(pattern, name) and not _is_zero_bias(stored, name):
-                raise UserError(f"{file}: is {what} (it holds {name!r}); LoRAs of the linears' weights alone are read")
+            if re.search(pattern, name):
+                raise UserError(f"{file}: is {what} (it holds {name!r}); LoRAs of linears are read")
     if not is_one:
         what = strangers.name(names) or f"holds none of its tensors (but {min(names, default='nothing')!r})"
         raise UserError(f"{file}: is no LoRA: {what}")
     for name in names:
-        if not (_FACTOR.fullmatch(name) or name.endswith((".alpha", ".bias"))):
-            raise UserError(f"{file}: holds {name!r}, which is no part of a LoRA; LoRAs of linears' weights are read")
-
-
-def _is_zero_bias(stored: Tensors, name: str) -> bool:
-    return name.endswith("lora_B.bias") and not stored.read(name, 0, stored.shapes[name][0]).any()
+        if not (any(form.fullmatch(name) for form in (_FACTOR, _BIAS, _SCALE)) or name.endswith(".alpha")):
+            raise UserError(f"{file}: holds {name!r}, which is no part of a LoRA; LoRAs of linears are read")
 
 
 # Reading: scales, and linears that are in parts.
@@ -231,74 +246,43 @@ def _update(file: Path, layer: str, parts: Mapping[str, Tensor], alpha: Callable
             f"{file}: has A {list(a.shape)} and B {list(b.shape)} for {layer!r}; they should be [rank, in] and "
             f"[out, rank]"
         )
+    bias = parts.get("bias")
+    if bias is not None and tuple(bias.shape) != (b.shape[0],):
+        raise UserError(f"{file}: has a bias {list(bias.shape)} for {layer!r}; beside its B it should be {[len(b)]}")
     # A factor of one is two of PEFT's ways of saying the rank; a tensor of its own is kohya's way.
     own = parts.get("alpha")
-    return LowRank(a, b, alpha(_bare(layer), a.shape[0]) if own is None else float(own.reshape(-1)[0]))
-
-
-def _bare(layer: str) -> str:
-    return layer[_PREFIX.match(layer).end() :]
+    said = alpha(lora_layers.bare(layer), a.shape[0]) if own is None else float(own.reshape(-1)[0])
+    # BFL's own loader wants zeros where there is no bias.
+    return LowRank(a, b, said, bias if bias is not None and bias.any() else None)
 
 
 def _joined(file: Path, found: Updates) -> dict[str, LowRank]:
     """Returns {our path: update} from {a form's name: update}."""
-    blocks = max((int(n) for layer in found for n in re.findall(r"blocks[._](\d{1,3})[._]", layer)), default=0) + 1
-    table = _layers(blocks)
+    table = lora_layers.layers(lora_layers.blocks(found))
     parts: dict[str, dict[int, LowRank]] = {}
     for layer, update in found.items():
-        if _bare(layer) not in table:
+        if lora_layers.bare(layer) not in table:
             raise UserError(f"{file}: adapts {layer!r}, which is no linear of FLUX.1; LoRAs of FLUX.1 are read")
-        path, place = table[_bare(layer)]
+        path, place = table[lora_layers.bare(layer)]
         if place in parts.setdefault(path, {}) or (place < 0) != (min(parts[path], default=place) < 0):
             raise UserError(f"{file}: adapts {path} twice, the second time as {layer!r}; get another file")
         parts[path][place] = update
     return {path: of.get(-1) or _fused(file, path, of) for path, of in parts.items()}
 
 
-@functools.lru_cache(maxsize=4)
-def _layers(blocks: int) -> dict[str, tuple[str, int]]:
-    """Returns {name of a layer in any form: (our path, place)} for a number of blocks of each kind.
-
-    The place is that among diffusers' parts of our linear; -1: it is ours as a whole, its rows in our order.
-    """
-    cfg = dataclasses.replace(flux.flavor("flux-dev"), depth=blocks, depth_single_blocks=blocks)
-    table: dict[str, tuple[str, int]] = {}
-    for name in tree.flatten(flux.declare(cfg)):
-        path, _, kind = name.rpartition(".")
-        if kind == "weight":
-            table |= {their: (path, place) for place, their in enumerate(_names(path))}
-            table[path] = (path, -1)
-    return {**{name.replace(".", "_"): of for name, of in table.items()}, **table}
-
-
-def _names(path: str) -> list[str]:
-    """Returns diffusers' names of one of our linears, in the order of their rows."""
-    return [name.removesuffix(".weight") for name in diffusers.names(f"{path}.weight")]
-
-
-def _rows(path: str, fan_in: int, out: int | None = None) -> list[int]:
-    """Returns how many of a linear's rows each of diffusers' parts has; out None: as FLUX.1 has it."""
-    parts = len(_names(path))
-    if parts == 1:
-        return [out]
-    # Query, key and value are as wide as what they are computed from.
-    mlp = int(diffusers.FIXED["mlp_ratio"] * fan_in) if out is None else out - 3 * fan_in
-    return [fan_in] * 3 + [mlp] * (parts - 3)
-
-
 def _fused(file: Path, path: str, parts: Mapping[int, LowRank]) -> LowRank:
     """Returns the update of our linear from those of diffusers' parts of it, which may lack some."""
     first = parts[min(parts)]
     fan_in = first.A.shape[1]
-    rows = _rows(path, fan_in, first.B.shape[0] if len(_names(path)) == 1 else None)
+    rows = lora_layers.rows(path, fan_in, first.B.shape[0] if len(lora_layers.names(path)) == 1 else None)
     if wrong := [place for place, part in parts.items() if (part.B.shape[0], part.A.shape[1]) != (rows[place], fan_in)]:
-        name, part = _names(path)[wrong[0]], parts[wrong[0]]
+        name, part = lora_layers.names(path)[wrong[0]], parts[wrong[0]]
         raise UserError(
-            f"{file}: has A {list(part.A.shape)} and B {list(part.B.shape)} for {name!r}; beside {_names(path)[0]!r} "
-            f"they should be [rank, {fan_in}] and [{rows[wrong[0]]}, rank]"
+            f"{file}: has A {list(part.A.shape)} and B {list(part.B.shape)} for {name!r}; beside "
+            f"{lora_layers.names(path)[0]!r} they should be [rank, {fan_in}] and [{rows[wrong[0]]}, rank]"
         )
     if path == _ADALN:
-        return dataclasses.replace(first, B=_halves_swapped(first.B))
+        return tree.map(lambda leaf: leaf if leaf is first.A else _halves_swapped(leaf), first)
     if len(rows) == 1:
         return first
     if len({part.scale for part in parts.values()}) > 1:
@@ -307,13 +291,14 @@ def _fused(file: Path, path: str, parts: Mapping[int, LowRank]) -> LowRank:
     shared = all(torch.equal(part.A, first.A) for part in parts.values())
     ranks = [part.A.shape[0] for part in parts.values()]
     rank, start = first.A.shape[0] if shared else sum(ranks), 0
-    b = first.B.new_zeros(sum(rows), rank)
+    b, bias = first.B.new_zeros(sum(rows), rank), first.B.new_zeros(sum(rows))
     for place, part in sorted(parts.items()):
         top, end = sum(rows[:place]), start + part.A.shape[0]
         b[top : top + rows[place], start:end] = part.B
+        bias[top : top + rows[place]] = 0 if part.bias is None else part.bias
         start = 0 if shared else end
     a = first.A if shared else torch.cat([part.A for _, part in sorted(parts.items())])
-    return LowRank(a, b, first.scale * rank)
+    return LowRank(a, b, first.scale * rank, bias if bias.any() else None)
 
 
 def _halves_swapped(b: Tensor) -> Tensor:
@@ -323,7 +308,10 @@ def _halves_swapped(b: Tensor) -> Tensor:
 def _plain(update: LowRank) -> LowRank:
     """Returns the update with its scale in B: an alpha that is the rank."""
     rank = update.A.shape[0]
-    return update if update.alpha == rank else LowRank(update.A, update.scale * update.B, float(rank))
+    if update.alpha == rank:
+        return update
+    bias = None if update.bias is None else update.scale * update.bias
+    return LowRank(update.A, update.scale * update.B, float(rank), bias)
 
 
 # Writing: (our path, update) to (name, tensor) in each form.
@@ -336,10 +324,14 @@ def _bfl(path: str, update: LowRank) -> Named:
     yield f"{path}.lora_A.weight", update.A
     yield f"{path}.lora_B.weight", update.B
     # BFL's own loader leaves what a file lacks as it was drawn.
-    yield f"{path}.lora_B.bias", update.B.new_zeros(update.B.shape[0])
+    yield f"{path}.lora_B.bias", update.B.new_zeros(update.B.shape[0]) if update.bias is None else update.bias
 
 
 def _kohya(path: str, update: LowRank) -> Named:
+    if update.bias is not None:
+        raise UserError(
+            f"format is 'kohya': has no place for the bias that the LoRA adds in {path}; use diffusers or bfl"
+        )
     name = f"lora_unet_{path.replace('.', '_')}"
     yield f"{name}.lora_down.weight", update.A
     yield f"{name}.lora_up.weight", update.B
@@ -348,11 +340,15 @@ def _kohya(path: str, update: LowRank) -> Named:
 
 def _diffusers(path: str, update: LowRank) -> Named:
     update = _plain(update)
-    names, rows = _names(path), _rows(path, update.A.shape[1], update.B.shape[0])
-    b = _halves_swapped(update.B) if path == _ADALN else update.B
-    for name, (part_a, part_b) in zip(names, _apart(update.A, b, rows), strict=True):
+    names, rows = lora_layers.names(path), lora_layers.rows(path, update.A.shape[1], update.B.shape[0])
+    if path == _ADALN:
+        update = tree.map(lambda leaf: leaf if leaf is update.A else _halves_swapped(leaf), update)
+    for name, (part_a, part_b) in zip(names, _apart(update.A, update.B, rows), strict=True):
         yield f"transformer.{name}.lora_A.weight", part_a
         yield f"transformer.{name}.lora_B.weight", part_b
+    if update.bias is not None:
+        for name, part in zip(names, update.bias.split(rows), strict=True):
+            yield f"transformer.{name}.lora_B.bias", part.clone()
 
 
 def _apart(a: Tensor, b: Tensor, rows: Sequence[int]) -> list[tuple[Tensor, Tensor]]:

@@ -28,6 +28,7 @@ from flux_func.errors import UserError
 from flux_func.interop import arrays, formats
 from flux_func.interop.spans import Shape
 from flux_func.interop.stored import Config, Stored, from_json, to_json
+from flux_func.transforms.lora import LowRank
 
 MARKER = "commit_success.txt"
 # Leaves are stored in pieces of at most this size, and read by whole pieces: that much, and not a leaf, is what reading
@@ -249,6 +250,29 @@ def open_checkpoint(path: str | Path, step: int | None = None, ema: bool = False
         read=rows,
         left_out=tuple(f"{name} ({len(leaves)} tensors)" for name, leaves in found.items() if name != member),
     )
+
+
+def open_lora(path: str | Path, step: int | None = None, ema: bool = False) -> tuple[Config, dict, dict] | None:
+    """Returns (model, the run's config, {path of a linear: update}) of a run that trains a LoRA; None for another.
+
+    Args:
+      path, step, ema: see `open_checkpoint`.
+
+    Raises:
+      UserError: see `open_checkpoint`.
+    """
+    checkpoint, member = _choose(Path(path), step), "ema" if ema else "params"
+    if not (checkpoint / "config").is_dir() or member not in members(checkpoint):
+        return None
+    with _damage(checkpoint):
+        leaves, config = describe(checkpoint, member), read_json(checkpoint, "config")
+        if not all(name.endswith((".A", ".B")) for name in leaves):
+            return None
+        rank, alpha = config["lora"]["rank"], config["lora"]["alpha"]
+        found = {name: arrays.to_torch(array) for name, array in read(checkpoint, member, leaves).items()}
+        linears = {name.removesuffix(".A") for name in leaves if name.endswith(".A")}
+        updates = {name: LowRank(found[f"{name}.A"], found[f"{name}.B"], float(alpha or rank)) for name in linears}
+        return read_model(checkpoint), config, updates
 
 
 def write(

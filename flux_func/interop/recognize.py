@@ -11,10 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flux_func.errors import UserError
-from flux_func.interop import formats, identify, pipelines, safetensors_io, strangers
+from flux_func.interop import formats, identify, merging, pipelines, safetensors_io, strangers
 from flux_func.interop.safetensors_io import Tensors
 from flux_func.interop.stored import Stored, part_of
+from flux_func.models import flux
+from flux_func.models.flux import FluxConfig
+from flux_func.transforms.lora import LowRank
 
 _INDEX = ".safetensors.index.json"
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
@@ -28,7 +33,8 @@ def find(path: str | Path, part: str | None = None, step: int | None = None, ema
     Args:
       path: a safetensors file (BFL's, torchtitan's, ComfyUI's, a diffusers model's) or an index of several; a folder
         with such; a diffusers model or pipeline; a snapshot or cache of the Hugging Face hub; a torchtitan checkpoint,
-        or the folder of its steps (the newest is taken); a workdir of ours, or a checkpoint in it.
+        or the folder of its steps (the newest is taken); a workdir of ours, or a checkpoint in it. A run that trains a
+        LoRA is the model that both make, in the type of the weights under it.
       part: "transformer" or "autoencoder"; None: the one there is, the transformer where both are.
       step, ema: of a workdir: which checkpoint (None: the newest), and the averaged weights.
 
@@ -73,11 +79,33 @@ def _folder(path: Path, part: str | None) -> Stored:
 def _checkpoint(path: Path, part: str | None, step: int | None = None, ema: bool = False) -> Stored:
     from flux_func.interop import orbax  # late: it takes seconds
 
-    stored = orbax.open_checkpoint(path, step, ema)
+    trained = orbax.open_lora(path, step, ema)
+    stored = _adapted(path, *trained) if trained else orbax.open_checkpoint(path, step, ema)
     there = part_of(stored.cfg)
     if part not in (None, there):
         raise UserError(f"{path}: is a checkpoint of the {there}; the {part} is wanted, give its path")
     return stored
+
+
+def _adapted(path: Path, cfg: FluxConfig, config: Mapping[str, Any], updates: Mapping[str, LowRank]) -> Stored:
+    """Returns the model of a run that trains a LoRA, `updates`, of the weights that its config names, or drew."""
+    given = config["model"]["weights"]
+    if given:
+        try:
+            base = find(given, "transformer")
+        except UserError as error:
+            said = str(error).removeprefix(f"{given}: ")
+            raise UserError(
+                f"{path}: adapts the weights of model.weights {given!r}, which cannot be read: {said}"
+            ) from error
+        if replace(base.cfg, qk_norm_eps=cfg.qk_norm_eps) != cfg:
+            raise UserError(f"{path}: adapts the weights of model.weights {given!r}, which are of another model by now")
+    else:
+        layout = formats.layout(cfg, "bfl")
+        rows = flux.drawing(cfg, config["train"]["seed"], config["model"]["init"])
+        base = Stored(str(path), "orbax", cfg, layout, dict.fromkeys(layout.theirs, torch.float32), rows)
+    stored = merging.merged(base, [merging.Adapter(str(path), updates)])
+    return replace(stored, path=str(path), format="orbax", cfg=cfg)
 
 
 def _is_ours(path: Path) -> bool:

@@ -1,7 +1,7 @@
 """What the parts of a training step take, each measured once for each kind of stage, on fake tensors."""
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,10 +10,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from flux_func import tree
 from flux_func.flow import path
 from flux_func.models import flux
-from flux_func.models.layers import Params
+from flux_func.models.layers import Ops, Params
 from flux_func.parallel import fold
-from flux_func.parallel.sharding import Sharding
+from flux_func.parallel.sharding import ONE_PROCESS, Sharding
 from flux_func.plan.meter import Cost, Meter
+
+# The kinds of a unit's stages, and the shapes of what is trained of it.
+Kind = tuple[tuple[str, ...], tuple]
 
 
 @dataclass(frozen=True)
@@ -51,17 +54,18 @@ class Costs:
 
     Attributes:
       inputs: of what the chain starts from.
-      stages: by `kind` of unit.
-      moving: by a stage's kind.
+      stages, moving: by `kind` of unit.
+      base: {a stage's kind: what its weights under a LoRA take to be gathered}.
       cast: whether gradients come in another type than they are added up in.
       alias: whether a reduction hands back the gradients it was given.
     """
 
     inputs: Cost
-    stages: dict[tuple[str, ...], StageCost]
-    moving: dict[str, Moving]
+    stages: dict[Kind, StageCost]
+    moving: dict[Kind, Moving]
     cast: bool
     alias: bool
+    base: dict[str, Moving] = field(default_factory=dict)
 
 
 def units(cfg: flux.FluxConfig) -> dict[str, list[flux.Stage]]:
@@ -69,9 +73,15 @@ def units(cfg: flux.FluxConfig) -> dict[str, list[flux.Stage]]:
     return {unit[0].name: unit for unit in fold.units(path.chain(cfg))}
 
 
-def kind(unit: list[flux.Stage]) -> tuple[str, ...]:
-    """Returns what units have in common that take the same."""
-    return tuple(stage.kind for stage in unit)
+def kind(unit: list[flux.Stage], params: Params) -> Kind:
+    """Returns what units have in common that take the same; a LoRA may have more of one than of another.
+
+    Args:
+      unit: one of `units`.
+      params: what is trained, or anything of its shapes.
+    """
+    trained = tree.flatten(unit[0].select(params))
+    return tuple(stage.kind for stage in unit), tuple((path, *leaf.shape) for path, leaf in trained.items())
 
 
 def measure(problem: Any, params: Params, meter: Meter, known: dict) -> Costs:
@@ -90,46 +100,63 @@ def measure(problem: Any, params: Params, meter: Meter, known: dict) -> Costs:
         with FakeTensorMode(allow_fallback_kernels=False), meter:
             known[key] = _stages(problem, meter)
     inputs, stages = known[key]
-    moving, alias = {}, False
+    moving, base, alias = {}, {}, False
     with meter:
         for unit in units(problem.cfg).values():
-            if unit[0].kind not in moving:
-                moving[unit[0].kind], alias = _moving(problem.sharding, unit[0], params, meter)
+            found = kind(unit, problem.sharding.params)
+            if found not in moving:
+                moving[found], alias = _moving(problem.sharding, unit[0], params, meter)
+            if problem.base and unit[0].kind not in base:
+                gathered = _gathered(problem.base.sharding, unit[0], problem.base.params, meter)
+                base[unit[0].kind] = Moving(*gathered, Cost(), Cost(), ())
     compute = {place.dtype for place in tree.leaves(problem.sharding.params)}
     compute = {problem.sharding.compute or dtype for dtype in compute}
-    return Costs(inputs, stages, moving, compute != {problem.sharding.reduce or dtype for dtype in compute}, alias)
+    return Costs(
+        inputs, stages, moving, compute != {problem.sharding.reduce or dtype for dtype in compute}, alias, base
+    )
 
 
-def _stages(problem: Any, meter: Meter) -> tuple[Cost, dict[tuple[str, ...], StageCost]]:
+def _stages(problem: Any, meter: Meter) -> tuple[Cost, dict[Kind, StageCost]]:
     """Runs one unit of each kind forward, and then backward, as the fold does."""
     sharding, cfg = problem.sharding, problem.cfg
     batch = {name: torch.empty(leaf.shape, dtype=leaf.dtype) for name, leaf in problem.batch.items()}
     (carry, const), inputs = meter.cost(lambda: sharding.split(*path.inputs(cfg, batch, 1)))
-    visit, done = fold.REMAT[problem.remat](fold.autograd_vjp), {}
+    ops, vjp = (problem.ops, fold.autograd_vjp) if problem.base is None else _over(problem.base, problem.ops)
+    visit, done = fold.REMAT[problem.remat](vjp), {}
     for unit in units(cfg).values():
         # A block gives what the next one takes, so those of a kind that are left out are not missed.
-        if kind(unit) not in done:
-            run = functools.partial(fold.run_unit, unit, problem.ops, const)
+        if kind(unit, sharding.params) not in done:
+            run = functools.partial(fold.run_unit, unit, ops, const)
             run, given = (run, [carry]) if done else (functools.partial(run, carry=carry), [])
             whole = _whole(unit[0], sharding)
             before = meter.live
             (carry, pull), cost = meter.cost(visit, run, whole, *given)
             del run, given
-            done[kind(unit)] = (unit, pull, Cost(meter.live - before, cost.peak, cost.events))
-            del pull, whole
+            # A LoRA's part is kept for the backward pass, and counted where it is gathered and let go.
+            kept = whole if problem.base else None
+            done[kind(unit, sharding.params)] = (unit, pull, Cost(meter.live - before, cost.peak, cost.events), kept)
+            del pull, whole, kept
     cotangent = {"loss": torch.ones_like(carry["loss"])}
     del carry, const
     found = {}
     for key in reversed(list(done)):
-        unit, pull, forward = done.pop(key)
+        unit, pull, forward, kept = done.pop(key)
         whole, before = _whole(unit[0], sharding), meter.live
         (part, *rest), cost = meter.cost(pull, cotangent, whole)
         cotangent = rest[0] if rest else None
         del pull, rest
         backward = Cost(meter.live - before, cost.peak, cost.events)
         found[key] = StageCost(forward, backward, _bytes(part))
-        del part, whole
+        del part, whole, kept
     return inputs, found
+
+
+def _over(base: Any, ops: Ops) -> tuple[Ops, fold.Vjp]:
+    """Returns the ops and vjp of training over a base that is there whole."""
+    params = tree.map(
+        lambda place: torch.empty(place.shape, dtype=base.sharding.compute or place.dtype), base.sharding.params
+    )
+    return replace(base, params=params, sharding=ONE_PROCESS).training(ops)
 
 
 def _whole(stage: flux.Stage, sharding: Sharding, device: str = "cpu") -> Params:
@@ -141,15 +168,25 @@ def _whole(stage: flux.Stage, sharding: Sharding, device: str = "cpu") -> Params
 
 
 def _moving(sharding: Sharding, stage: flux.Stage, params: Params, meter: Meter) -> tuple[Moving, bool]:
+    start, finished, whole = _gathered(sharding, stage, params, meter)
+    computed = _whole(stage, sharding, "meta")
+    grads, cast = meter.cost(sharding.to_reduce, computed)
+    add = meter.cost(_add, grads)[1]
+    steps, alias = _reduction(sharding, stage, grads, meter)
+    return Moving(start, finished, whole, cast, add, steps), alias
+
+
+def _add(grads: Params) -> None:
+    if tree.leaves(grads):
+        torch._foreach_add_(tree.leaves(grads), tree.leaves(grads))
+
+
+def _gathered(sharding: Sharding, stage: flux.Stage, params: Params, meter: Meter) -> tuple[Cost, Cost, int]:
+    """Returns what the two halves of a stage's gather take, and the bytes of the whole."""
     finish, start = meter.cost(sharding.start_gather, stage.select, params)
     gathered, finished = meter.cost(finish)
     whole = _bytes(gathered, beside=params)
-    del finish, gathered
-    computed = _whole(stage, sharding, "meta")
-    grads, cast = meter.cost(sharding.to_reduce, computed)
-    add = meter.cost(torch._foreach_add_, tree.leaves(grads), tree.leaves(grads))[1]
-    steps, alias = _reduction(sharding, stage, grads, meter)
-    return Moving(start, replace(finished, kept=whole - start.kept), whole, cast, add, steps), alias
+    return start, replace(finished, kept=whole - start.kept), whole
 
 
 def _reduction(sharding: Sharding, stage: flux.Stage, grads: Params, meter: Meter) -> tuple[tuple[Cost, ...], bool]:

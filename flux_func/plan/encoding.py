@@ -52,7 +52,7 @@ def steps(
     stages, rest = _computing(text_cfg, image_cfg, count, size, dtype, device.name)
     kinds, local = dict(stages), tree.flatten(split.params)
     visits = {path: functools.partial(text.select, path=path) for path in kinds}
-    moving = _gathers(split, parts(local, split.mesh), visits, device) if local else {}
+    moving = _gathers(split, parts(split.params, split.mesh), visits, device) if local else {}
     recorder = schedule.recorder(split)
     take = sharding.taker(recorder, None, visits) if visits else None
     for path, cost in stages:

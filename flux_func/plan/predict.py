@@ -7,7 +7,7 @@ computing and one for each group of processes that talk, gives memory and second
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,6 @@ from flux_func import tree
 from flux_func.models import flux
 from flux_func.models.layers import Ops, Params
 from flux_func.parallel.mesh import AXES, Mesh
-from flux_func.parallel.placements import Placement
 from flux_func.parallel.sharding import Sharding
 from flux_func.plan import costs, schedule
 from flux_func.plan.devices import Cluster
@@ -70,7 +69,7 @@ class Problem:
     Attributes:
       cfg: the model.
       sharding: what is where, on a mesh that may be `Planned`, and on the meta device.
-      state: {path: placement} of the train state, paths beginning with params, opt or ema.
+      state: the train state, {params, opt, ema}, as a tree of placements.
       batch: a micro-batch of one process, meta tensors.
       ops, remat: as for the fold.
       accumulate: micro-batches in a step.
@@ -78,11 +77,12 @@ class Problem:
       frozen: {name: bytes on a process} of the encoders' weights.
       encode: what encoding a micro-batch does.
       offload: whether the state is in the host's memory.
+      base: the weights under a LoRA that is trained, `adapt.Base`, meta tensors; None: the weights are.
     """
 
     cfg: flux.FluxConfig
     sharding: Sharding
-    state: Mapping[str, Placement]
+    state: Params
     batch: Mapping[str, Tensor]
     ops: Ops
     remat: str
@@ -91,6 +91,7 @@ class Problem:
     frozen: Mapping[str, int] = field(default_factory=dict)
     encode: Sequence[Step] = ()
     offload: bool = False
+    base: Any = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Plan:
     """What a step takes; bytes are of one process.
 
     Attributes:
-      state: {params, opt, ema: bytes}.
+      state: {params, opt, ema: bytes}; and "base", of the weights under a LoRA.
       frozen: of the encoders' weights.
       memory: what the rest of the memory is for when the most is taken.
       sent: {(collective, axes): bytes sent in a step}.
@@ -146,11 +147,10 @@ def predict(problem: Problem, cluster: Cluster, known: dict | None = None) -> Pl
     player = Player(cluster)
     for step in program(problem, cluster, {} if known is None else known):
         player.play(step)
-    state: Counter = Counter()
-    for path, place in problem.state.items():
-        state[path.partition(".")[0]] += place.local_bytes(problem.sharding.mesh)
+    held = {**problem.state, **({"base": problem.base.sharding.params} if problem.base else {})}
+    mesh = problem.sharding.mesh
     return Plan(
-        state=dict(state),
+        state={member: sum(place.local_bytes(mesh) for place in tree.leaves(of)) for member, of in held.items()},
         frozen=dict(problem.frozen),
         memory=dict(player.highest),
         sent=dict(player.sent),
@@ -165,35 +165,40 @@ def predict(problem: Problem, cluster: Cluster, known: dict | None = None) -> Pl
 def program(problem: Problem, cluster: Cluster, known: dict) -> Iterator[Step]:
     """Yields what a step of training does, in order; see `predict`."""
     sharding = problem.sharding
-    state, grads = parts(problem.state, sharding.mesh), parts(tree.flatten(sharding.grads), sharding.mesh)
+    state, grads = parts(problem.state, sharding.mesh), parts(sharding.grads, sharding.mesh)
     meter = Meter(cluster.device)
     found = costs.measure(problem, state["params"], meter, known)
     with meter:
         _, update = meter.cost(problem.update, state, grads)
-    params, units = flux.abstract(problem.cfg), costs.units(problem.cfg)
+    params = tree.map(lambda place: _meta(place.shape, place.dtype), sharding.params)
+    units = costs.units(problem.cfg)
+    kinds = {name: costs.kind(unit, params) for name, unit in units.items()}
     recorder = schedule.recorder(
         sharding,
         parts={name: unit[0].select(params) for name, unit in units.items()},
         cast=found.cast,
-        steps={name: len(found.moving[unit[0].kind].reduce) for name, unit in units.items()},
+        steps={name: len(found.moving[kind].reduce) for name, kind in kinds.items()},
         alias=found.alias,
     )
-    schedule.record(problem.cfg, params, problem.batch, recorder, problem.accumulate)
+    base = problem.base
+    if base:
+        base = replace(base, sharding=schedule.recorder(base.sharding, log=recorder.log, of=" base"))
+    keep = problem.remat == "none"
+    schedule.record(problem.cfg, params, problem.batch, recorder, problem.accumulate, base, keep)
     turn = 0
     for action in recorder.log:
         if action.what == "turn":
             turn = action.step
             yield from _turn(problem, found, turn)
         else:
-            yield from _steps(action, units, found, turn)
+            yield from _steps(action, kinds[action.stage], found, turn)
     yield Step("activations", Cost(-found.inputs.kept))
     yield Step("update", update)
 
 
-def parts(places: Mapping[str, Placement], mesh: Mesh) -> Params:
-    """Returns what a process has of a tree, as meta tensors."""
-    shapes = {path: place.local_shape(mesh) for path, place in places.items()}
-    return tree.unflatten({path: _meta(shape, places[path].dtype) for path, shape in shapes.items()})
+def parts(places: Params, mesh: Mesh) -> Params:
+    """Returns what a process has of a tree of placements, as meta tensors."""
+    return tree.map(lambda place: _meta(place.local_shape(mesh), place.dtype), places)
 
 
 def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -211,16 +216,17 @@ def _turn(problem: Problem, known: costs.Costs, turn: int) -> Iterator[Step]:
     yield Step("activations", known.inputs)
 
 
-def _steps(action: schedule.Action, units: Mapping[str, list], known: costs.Costs, turn: int) -> Iterator[Step]:
+def _steps(action: schedule.Action, kind: costs.Kind, known: costs.Costs, turn: int) -> Iterator[Step]:
     """Yields what an action of the fold comes to."""
-    unit = units[action.stage]
-    moving, stage, chain = known.moving[unit[0].kind], known.stages[costs.kind(unit)], f"gather {action.stage}"
+    moving, stage, chain = known.moving[kind], known.stages[kind], f"gather {action.stage}"
+    if action.what.endswith(" base"):
+        moving, chain = known.base[kind[0][0]], f"gather base {action.stage}"
     match action.what:
-        case "start":
+        case "start" | "start base":
             yield Step("gathered", moving.start, chain)
-        case "gather":
+        case "gather" | "gather base":
             yield Step("gathered", moving.finish, chain)
-        case "release":
+        case "release" | "release base":
             yield Step("gathered", Cost(-moving.whole))
         case "forward":
             yield Step("activations", stage.forward)

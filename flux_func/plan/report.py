@@ -10,7 +10,7 @@ from flux_func.plan.predict import Plan
 from flux_func.plan.trace import Trace
 
 GIB = 2**30
-MEMBERS = {"params": "parameters", "opt": "moments", "ema": "average"}
+MEMBERS = {"params": "parameters", "opt": "moments", "ema": "average", "base": "weights under the LoRA"}
 # Meshes in a comparison.
 MOST = 12
 

@@ -24,7 +24,8 @@ class Action(NamedTuple):
     """One of the things that a fold does.
 
     Attributes:
-      what: "start" to gather a stage's parameters, "gather" them (wait, and put them together), "release" them;
+      what: "start" to gather a stage's parameters, "gather" them (wait, and put them together), "release" them; and
+        "start base", "gather base", "release base" of the weights under a LoRA;
         "forward", "backward"; "cast" its gradients to the type they are added up in, "reduce" them, step by step;
         "drop" them as they came, or "drop_cast" as they were added up; "turn", to a micro-batch.
       stage: whose.
@@ -39,11 +40,11 @@ class Action(NamedTuple):
 class _Whole:
     """Stands for a stage's whole parameters."""
 
-    def __init__(self, log: list[Action], stage: str):
-        self._log, self.stage = log, stage
+    def __init__(self, log: list[Action], stage: str, of: str = ""):
+        self._log, self.stage, self._of = log, stage, of
 
     def __del__(self) -> None:
-        self._log.append(Action("release", self.stage))
+        self._log.append(Action(f"release{self._of}", self.stage))
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Recorder(Sharding):
       cast: whether gradients come in another type than they are added up in.
       steps: {stage: of how many steps the reduction of its gradients is}.
       alias: whether a reduction hands back the gradients that it was given.
+      of: " base" of weights under a LoRA, which are gathered alone; "" of what is trained.
     """
 
     log: list[Action] = field(default_factory=list)
@@ -63,15 +65,16 @@ class Recorder(Sharding):
     cast: bool = False
     steps: Mapping[str, int] = field(default_factory=dict)
     alias: bool = False
+    of: str = ""
 
     def start_gather(self, select: Select, params: Params) -> Callable[[], Params]:
         """Writes down both halves."""
         stage = _name(select)
-        self.log.append(Action("start", stage))
+        self.log.append(Action(f"start{self.of}", stage))
 
         def finish() -> Params:
-            self.log.append(Action("gather", stage))
-            return _Whole(self.log, stage)
+            self.log.append(Action(f"gather{self.of}", stage))
+            return _Whole(self.log, stage, self.of)
 
         return finish
 
@@ -107,8 +110,29 @@ class Recorder(Sharding):
 
     def _stand_ins(self, like: Params, what: str, stage: str) -> Params:
         made = tree.map(_nothing, like)
-        weakref.finalize(tree.leaves(made)[0], self.log.append, Action(what, stage))
+        for first in tree.leaves(made)[:1]:  # a LoRA may have nothing of a stage
+            weakref.finalize(first, self.log.append, Action(what, stage))
         return made
+
+
+def _over(base: Any, keep: bool, recorder: Recorder, fn: Callable, whole: _Whole, *carry: tree.Tree) -> tuple:
+    """`recorder.vjp` as it is over a LoRA: it visits the weights under it, and keeps its own part or computes again."""
+    stage, kept = flux.Stage(whole.stage, "", (), None, fn), whole if keep else None
+    base.take(stage)
+    out, inner = recorder.vjp(fn, whole, *carry)
+
+    def pull(cotangent: tree.Tree) -> tuple:
+        nonlocal kept
+        # A first stage of which the LoRA has nothing is not differentiated.
+        if carry or not keep or tree.leaves(recorder.parts[stage.name]):
+            base.take(stage)
+        found = inner(cotangent)
+        kept = None
+        if not carry:
+            base.end()
+        return found
+
+    return out, pull
 
 
 def _name(select: Select) -> str:
@@ -121,7 +145,15 @@ def _nothing(leaf: Tensor) -> Tensor:
     return torch.empty((), device="meta")
 
 
-def record(cfg: flux.FluxConfig, params: Params, batch: Mapping[str, Tensor], recorder: Recorder, turns: int) -> None:
+def record(
+    cfg: flux.FluxConfig,
+    params: Params,
+    batch: Mapping[str, Tensor],
+    recorder: Recorder,
+    turns: int,
+    base: Any = None,
+    keep: bool = True,
+) -> None:
     """Runs the training fold over `turns` micro-batches with a recorder; between two of them it writes "turn".
 
     Args:
@@ -130,12 +162,15 @@ def record(cfg: flux.FluxConfig, params: Params, batch: Mapping[str, Tensor], re
       batch: of one micro-batch of one process, meta tensors.
       recorder: where it is written down.
       turns: micro-batches.
+      base: the weights under the LoRA that the parameters are, whose sharding is a recorder with the same log.
+      keep: of a LoRA, whether a stage is not computed again in the backward pass.
     """
     grads = None
     for turn in range(1, turns + 1):
         recorder.log.append(Action("turn", "", turn))
+        vjp = functools.partial(_over, base.turn(), keep, recorder) if base else recorder.vjp
         grads, _ = fold.grad_and_value(
-            params, cfg, batch, denominator=1, into=grads, vjp=recorder.vjp, sharding=recorder, last=turn == turns
+            params, cfg, batch, denominator=1, into=grads, vjp=vjp, sharding=recorder, last=turn == turns
         )
 
 

@@ -7,7 +7,7 @@ process 0 would do, in full, stage by stage.
 import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -59,27 +59,30 @@ def trace(problem: Problem) -> Trace:
     shapes = parts(problem.state, here)
     with FakeTensorMode(allow_fallback_kernels=False), meter:
         params, grads = _fakes(shapes["params"]), None
+        base = replace(problem.base, params=_fakes(problem.base.params)) if problem.base else None
         state = meter.live
         for turn in range(1, problem.accumulate + 1):
             batch = _fakes(problem.batch)
+            ops, vjp = base.training(problem.ops) if base else (problem.ops, fold.autograd_vjp)
             grads, _ = fold.grad_and_value(
                 params,
                 problem.cfg,
                 batch,
-                problem.ops,
+                ops,
                 problem.remat,
                 denominator=1,
                 into=grads,
+                vjp=vjp,
                 sharding=problem.sharding,
                 last=turn == problem.accumulate,
             )
         working = meter.peak - state
     with meter:
-        problem.update(shapes, parts(tree.flatten(problem.sharding.grads), here))
+        problem.update(shapes, parts(problem.sharding.grads, here))
     for event in meter.events:
         if isinstance(event, Send):
             sent[event.kind, names[event.group]] += event.sent
-    whole = sum(leaf.nbytes for leaf in tree.leaves(shapes))
+    whole = sum(leaf.nbytes for leaf in tree.leaves((shapes, problem.base.params if problem.base else ())))
     return Trace(whole, working, dict(sent))
 
 

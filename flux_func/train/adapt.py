@@ -49,7 +49,7 @@ class Base:
         A stage's part of the base is gathered for its turn forward and again backward, as its part of the LoRA is; in
         between nobody holds it.
         """
-        turn = _Turn(self)
+        turn = self.turn()
         added = lora.over(turn.take, ops)
 
         def wrap_stage(fn: Callable, stage: flux.Stage) -> Callable:
@@ -58,11 +58,16 @@ class Base:
 
         return dataclasses.replace(added, wrap_stage=wrap_stage), functools.partial(_vjp, turn.end)
 
+    def turn(self) -> "Turn":
+        """Returns the base's parts in the order in which one fold visits them."""
+        return Turn(self)
 
-class _Turn:
-    """The base's parts, in the order in which one fold visits them: forward, and backward from the last stage on."""
+
+class Turn:
+    """A base's parts, in the order in which one fold visits them: forward, and backward from the last stage on."""
 
     def __init__(self, base: Base):
+        """Takes the base, of which nothing is gathered yet."""
         stages = [stage for stage in flux.chain(base.cfg) if stage.keys]
         selects = [stage.select for stage in stages]
         self._stream = Stream(base.sharding, base.params, [*selects, *reversed(selects[:-1])])
@@ -79,7 +84,9 @@ class _Turn:
     def end(self) -> None:
         """Takes what is left: it is on its way, though a backward pass may have had no use for it."""
         for _ in self._names:
-            self._stream.take()
+            self._part = None
+            self._part = self._stream.take()
+        self._part = None
 
 
 def _lent(fn: Callable, take: Callable[[], Params]) -> Callable:

@@ -10,6 +10,7 @@ same for any number of processes, and any other number restores it.
 """
 
 import contextlib
+import re
 import shutil
 import sys
 import time
@@ -74,8 +75,15 @@ def read_model(workdir: str | Path, step: int) -> FluxConfig:
 def abstract(workdir: str | Path, step: int) -> dict[str, Any]:
     """Returns the stored state as a tree of meta tensors, which is what `restore` takes, whole or in part."""
     with _reading(workdir, step):
-        checkpoint = find(workdir, step)
-        return {member: tree.unflatten(orbax.describe(checkpoint, member)) for member in orbax.members(checkpoint)}
+        return {member: _in_lists(orbax.describe(find(workdir, step), member)) for member in members(workdir, step)}
+
+
+def _in_lists(flat: dict[str, torch.Tensor]) -> Any:
+    """Returns the tree of the leaves; blocks of which a LoRA has nothing are there, and empty."""
+    found = map(re.compile(rf"(.*(?:{'|'.join(tree.LISTS)}))\.(\d+)\.").match, flat)
+    there = {match.groups() for match in found if match}
+    gaps = {f"{blocks}.{i}": {} for blocks, last in there for i in range(int(last)) if (blocks, str(i)) not in there}
+    return tree.unflatten({**flat, **gaps})
 
 
 def members(workdir: str | Path, step: int) -> list[str]:

@@ -41,11 +41,13 @@ class LowRank:
       A: [rank, in].
       B: [out, rank].
       alpha: a number, no leaf of the tree: neither trained nor decayed.
+      bias: [out], that of some LoRAs' B, scaled as B is; None: they have none, as those of `init`.
     """
 
     A: Tensor
     B: Tensor
     alpha: float
+    bias: Tensor | None = None
 
     @property
     def scale(self) -> float:
@@ -57,16 +59,25 @@ class LowRank:
         return self.scale * (self.B @ self.A)
 
 
+def _leaves(update: LowRank) -> dict[str, Tensor]:
+    found = {"A": update.A, "B": update.B, "bias": update.bias}
+    return {name: leaf for name, leaf in found.items() if leaf is not None}
+
+
+def _from_leaves(alpha: float, leaves: Sequence[Any]) -> LowRank:
+    return LowRank(*leaves[:2], alpha, *leaves[2:])
+
+
 optree.register_pytree_node(
     LowRank,
-    lambda update: ((update.A, update.B), update.alpha, ("A", "B")),
-    lambda alpha, factors: LowRank(*factors, alpha),
+    lambda update: (tuple(_leaves(update).values()), update.alpha, tuple(_leaves(update))),
+    _from_leaves,
     namespace=EVERYWHERE,
 )
 _pytree.register_pytree_node(
     LowRank,
-    lambda update: ([update.A, update.B], update.alpha),
-    lambda factors, alpha: LowRank(*factors, alpha),
+    lambda update: (list(_leaves(update).values()), update.alpha),
+    lambda leaves, alpha: _from_leaves(alpha, list(leaves)),
     serialized_type_name="flux_func.transforms.lora.LowRank",
 )
 
@@ -128,9 +139,9 @@ def place(found: Mapping[str, LowRank], params: Params) -> Lora:
     Raises:
       ValueError: an update of a linear that the base has not, or of another shape.
     """
-    weights = linears(params)
+    flat = tree.flatten(params)
     for path, update in found.items():
-        _check([update], {"weight": weights[path]} if path in weights else {}, path)
+        _check([update], {name: flat[at] for name in ("weight", "bias") if (at := f"{path}.{name}") in flat}, path)
 
     def shaped(node: Any, path: str) -> Any:
         if path in found:
@@ -195,6 +206,7 @@ def with_updates(ops: Ops = Ops()) -> Ops:
     return dataclasses.replace(ops, linear=linear(ops.linear))
 
 
+@functools.cache  # one function for one inner, or torch.compile would take it for another each time
 def linear(inner: Linear = layers.linear) -> Linear:
     """Returns `inner`, an `Ops.linear`, with the updates added to its result; they are computed in their own type."""
 
@@ -202,7 +214,8 @@ def linear(inner: Linear = layers.linear) -> Linear:
         y = inner({name: leaf for name, leaf in params.items() if name != KEY}, x, path)
         for update in params.get(KEY, ()):
             hidden = update.scale * F.linear(x.to(update.A.dtype), update.A)
-            y = y + F.linear(hidden, update.B).to(y.dtype)
+            bias = None if update.bias is None else update.scale * update.bias
+            y = y + F.linear(hidden, update.B, bias).to(y.dtype)
         return y
 
     return run
@@ -243,12 +256,21 @@ def unmerge(merged: Params, loras: Loras) -> Params:
 
 def _merged(params: Params, found: Sequence[LowRank], path: str) -> Params:
     _check(found, params, path)
-    weight = params["weight"]
-    wide = at_least_float32(weight.dtype)
-    total = weight.to(wide)
+    biased = ("bias",) if any(update.bias is not None for update in found) else ()
+    return {**params, **{name: merge_leaf(name, params[name], found) for name in ("weight", *biased)}}
+
+
+def merge_leaf(name: str, leaf: Tensor, found: Sequence[LowRank]) -> Tensor:
+    """Returns a linear's "weight" or "bias" with updates that fit it added, in its type; see `merge`."""
+    wide = at_least_float32(leaf.dtype)
+    total = leaf.to(wide)
     for update in found:
-        total = total + tree.map(lambda factor: factor.to(wide), update).weight()
-    return {**params, "weight": total.to(weight.dtype)}
+        update = tree.map(lambda factor: factor.to(wide), update)
+        if name == "weight":
+            total = total + update.weight()
+        elif update.bias is not None:
+            total = total + update.scale * update.bias
+    return total.to(leaf.dtype)
 
 
 def _weighted(loras: Loras) -> list[tuple[Lora, float | Tensor]]:
@@ -277,7 +299,8 @@ def _walk(node: Any, loras: list[tuple[Any, float | Tensor]], adapt: Callable, p
 
 def _times(update: LowRank, weight: float | Tensor) -> LowRank:
     if isinstance(weight, Tensor):
-        return dataclasses.replace(update, B=weight * update.B)
+        bias = None if update.bias is None else weight * update.bias
+        return dataclasses.replace(update, B=weight * update.B, bias=bias)
     return dataclasses.replace(update, alpha=weight * update.alpha)
 
 
@@ -295,6 +318,12 @@ def _check(found: Sequence[LowRank], params: Params, path: str) -> None:
                 f"the LoRA has A {list(update.A.shape)} and B {list(update.B.shape)} for {path}, whose weight is "
                 f"{list(weight.shape)} in the base: A should be [rank, {weight.shape[1]}] and B "
                 f"[{weight.shape[0]}, rank]"
+            )
+        if update.bias is not None and ("bias" not in params or tuple(update.bias.shape) != (out,)):
+            there = f"{list(params['bias'].shape)}" if "bias" in params else "none"
+            raise ValueError(
+                f"the LoRA has a bias {list(update.bias.shape)} for {path}, and the base has {there}: it is of "
+                f"another model"
             )
 
 

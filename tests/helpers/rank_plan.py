@@ -4,7 +4,7 @@ import contextlib
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 from unittest import mock
 
@@ -14,12 +14,13 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import _disable_current_modes
 
 from flux_func import tree
+from flux_func.models.flux import FluxConfig
 from flux_func.models.layers import Params
 from flux_func.parallel import collectives, mesh, placements
 from flux_func.parallel.sharding import Select, Sharding
 from flux_func.plan import trace
 from flux_func.plan.meter import Meter, Send
-from flux_func.train import encoders, layout, optimizer, state, step
+from flux_func.train import adapt, encoders, layout, optimizer, state, step
 from tests.helpers import tiny_run
 
 # 16 image tokens and 8 of text.
@@ -88,8 +89,11 @@ def _count(made: Any) -> dict[str, Any]:
     cfg, chosen = state.model_config(made), optimizer.from_config(made)
     over = mesh.build(made.parallel)
     sharding = layout.build(made, cfg, chosen, over, CPU)
-    sharding = Counting(**{f.name: getattr(sharding, f.name) for f in fields(Sharding)})
+    if not made.lora.rank:
+        sharding = Counting(**{f.name: getattr(sharding, f.name) for f in fields(Sharding)})
     current = state.create(made, cfg, chosen, CPU, sharding=sharding)
+    base = _base(made, cfg, over) if made.lora.rank else None
+    here = (placements.shards(current), base.params if base else ())
     size = made.train.batch_size // over.size(sharding.batch_axes)
     side, micro = made.data.image_size // 8, size // made.train.accumulate
     batch = {
@@ -120,14 +124,22 @@ def _count(made: Any) -> dict[str, Any]:
             device=CPU,
             sharding=sharding,
             ops=layout.ops(made, cfg, sharding),
+            base=base,
         )
     sent: Counter = Counter()
     for event in meter.events:
         if isinstance(event, Send):
             sent[event.kind, names[event.group]] += event.sent
     return {
-        "state": sum(leaf.nbytes for leaf in tree.leaves(placements.shards(current))),
+        "state": sum(leaf.nbytes for leaf in tree.leaves(here)),
         "working": meter.peak,
         "sent": dict(sent),
-        "stages": sharding.alive[1],
+        "stages": (base.sharding if base else sharding).alive[1],
     }
+
+
+def _base(made: Any, cfg: FluxConfig, over: mesh.Mesh) -> adapt.Base:
+    """Returns the weights under a LoRA, whose whole stages are counted in place of the LoRA's."""
+    base = adapt.load(made, cfg, None, over, CPU)
+    counting = Counting(**{f.name: getattr(base.sharding, f.name) for f in fields(Sharding)})
+    return replace(base, sharding=counting)

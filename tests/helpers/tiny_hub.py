@@ -7,8 +7,11 @@ import json
 import pathlib
 import re
 import threading
+import time
 import urllib.parse
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REVISIONS = ("main", "v1", COMMIT)
@@ -51,6 +54,16 @@ def serve(folder: pathlib.Path) -> Iterator[Hub]:
         yield hub
         server.shutdown()
         thread.join()
+
+
+def use(monkeypatch: Any, url: str) -> None:
+    """Has huggingface_hub ask the hub at `url`, as HF_ENDPOINT would, and not wait before it tries again."""
+    from huggingface_hub import constants, file_download, utils
+
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    for module in (utils._http, file_download):
+        monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda seconds: None, time=time.time))
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

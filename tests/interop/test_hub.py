@@ -1,10 +1,8 @@
 """Downloads through huggingface_hub itself, from a hub on this machine."""
 
 import shutil
-import time
 from collections import namedtuple
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import constants, file_download, utils
@@ -71,7 +69,7 @@ def local(tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(name)
     with tiny_hub.serve(tmp_path / "repos") as served:
-        use(monkeypatch, served.url)
+        tiny_hub.use(monkeypatch, served.url)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
@@ -79,14 +77,6 @@ def local(tmp_path, monkeypatch):
         utils.disable_progress_bars()
         yield served
         utils.enable_progress_bars()
-
-
-def use(monkeypatch, url):
-    """Has huggingface_hub ask the hub at `url`, as HF_ENDPOINT would, and not wait before it tries again."""
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-    for module in (utils._http, file_download):
-        monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda seconds: None, time=time.time))
 
 
 def add(served, repo, *names):
@@ -194,7 +184,7 @@ def test_addresses_that_lead_nowhere(local, address, says):
 
 
 def test_nobody_answers(local, monkeypatch):
-    use(monkeypatch, "http://127.0.0.1:1")
+    tiny_hub.use(monkeypatch, "http://127.0.0.1:1")
     with pytest.raises(UserError, match="'hf://owner/dev': the hub cannot be reached .*refused"):
         hub.fetch("hf://owner/dev", BOTH)
 
@@ -223,3 +213,18 @@ def test_a_download_cut_short_is_not_in_the_cache(local):
     assert not list(Path(constants.HF_HUB_CACHE).rglob("ae.safetensors"))
     local.broken.clear()
     assert hub.fetch("hf://owner/dev", ("autoencoder",))["autoencoder"].read_text() == "ae.safetensors"
+
+
+def test_a_lora_alone_and_what_peft_keeps_beside_it():
+    names = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    for parts in ((), ("transformer",)):
+        chosen = hub.choose("hf://owner/lora", names, "", parts, False)
+        assert chosen == {"": ["adapter_model.safetensors", "adapter_config.json"]}
+    assert hub.choose(
+        "x", ["a/adapter_config.json", "a/adapter_model.safetensors"], "a/adapter_model.safetensors", (), False
+    ) == {"": ["a/adapter_model.safetensors", "a/adapter_config.json"]}
+    assert hub.choose("x", ["README.md", "style.safetensors"], "", (), False) == {"": ["style.safetensors"]}
+    with pytest.raises(
+        UserError, match="it is not clear which of its files is meant; it has a.safetensors, b.safetensors"
+    ):
+        hub.choose("x", ["a.safetensors", "b.safetensors"], "", (), False)

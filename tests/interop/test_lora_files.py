@@ -14,7 +14,7 @@ import flux_func as ff
 from flux_func import tree
 from flux_func.errors import UserError
 from flux_func.interop import diffusers as layouts
-from flux_func.interop import lora_files
+from flux_func.interop import lora_files, lora_layers
 from flux_func.models import flux
 from flux_func.transforms import lora
 from flux_func.transforms.lora import LowRank
@@ -161,12 +161,14 @@ def test_the_full_width_against_diffusers_own_conversion(form):
     assert ours.keys() == {name for name in converted if name.endswith(("lora_A.weight", "lora_B.weight"))}
     for name in [name for name in ours if ".lora_A." in name]:
         other = name.replace(".lora_A.", ".lora_B.")
-        expected = converted[other] @ converted[name]
-        error = float((ours[other] @ ours[name] - expected).norm() / expected.norm())
+        # Random inputs tell two updates apart as their products, of ten million numbers, would.
+        x = torch.randn(ours[name].shape[1], 4, dtype=F64, generator=torch.Generator().manual_seed(0))
+        found, expected = (each[other].double() @ (each[name].double() @ x) for each in (ours, converted))
+        error = float((found - expected).norm() / expected.norm())
         assert error <= 1e-6, name
 
 
-@pytest.mark.parametrize("says_alpha", [True, False])
+@pytest.mark.parametrize(("says_alpha", "biased"), [(True, False), (False, False), (True, True)])
 @pytest.mark.parametrize(
     "targets",
     [
@@ -174,13 +176,13 @@ def test_the_full_width_against_diffusers_own_conversion(form):
         ["to_q", "add_v_proj", "proj_mlp", "ff.net.2", "norm1.linear", "x_embedder", "norm_out.linear"],
     ],
 )
-def test_we_load_what_diffusers_and_peft_save(tmp_path, says_alpha, targets):
+def test_we_load_what_diffusers_and_peft_save(tmp_path, says_alpha, biased, targets):
     peft, model = pytest.importorskip("peft"), apart()
     pipe = pipeline(model)
     torch.manual_seed(0)
     # Without a word of alpha, it is the rank: so diffusers reads such a file.
     alpha = 10 if says_alpha else 4
-    config = peft.LoraConfig(r=4, lora_alpha=alpha, target_modules=targets, init_lora_weights=False)
+    config = peft.LoraConfig(r=4, lora_alpha=alpha, target_modules=targets, init_lora_weights=False, lora_bias=biased)
     model.add_adapter(config)
     metadata = {"transformer_lora_adapter_metadata": config.to_dict()} if says_alpha else {}
     pipe.save_lora_weights(tmp_path, peft.get_peft_model_state_dict(model), **metadata)
@@ -248,6 +250,23 @@ def test_there_and_back(tmp_path, format, alpha):
         assert format != "kohya" or torch.equal(update.B, other.B)
 
 
+@pytest.mark.parametrize("format", ["bfl", "diffusers"])
+def test_biases_there_and_back(tmp_path, format):
+    rng = np.random.default_rng(3)
+    made = {
+        path: dataclasses.replace(update, bias=torch.from_numpy(rng.standard_normal(len(update.B))).float())
+        for path, update in lora.updates(adapter(alpha=6.0)).items()
+    }
+    lora_files.save(tmp_path / "made.safetensors", made, format)
+    found = lora_files.read(tmp_path / "made.safetensors")
+    assert found.keys() == made.keys()
+    for path, update in made.items():
+        assert torch.equal(found[path].scale * found[path].bias, update.scale * update.bias)
+    with pytest.raises(UserError, match="format is 'kohya': has no place for the bias"):
+        lora_files.save(tmp_path / "other.safetensors", made, "kohya")
+    assert not (tmp_path / "other.safetensors").exists()
+
+
 def optree_paths(adapter):
     return list(tree.flatten(adapter))
 
@@ -277,7 +296,7 @@ def test_rows_are_those_of_the_weights_layout():
             continue
         assert mine == [
             (f"{name}.weight", rows)
-            for name, rows in zip(lora_files._names(path), lora_files._rows(path, *weight.shape[::-1]), strict=True)
+            for name, rows in zip(lora_layers.names(path), lora_layers.rows(path, *weight.shape[::-1]), strict=True)
         ]
 
 
@@ -387,9 +406,10 @@ LAYER = "transformer.transformer_blocks.0.attn.to_q"
         ({f"{LAYER}.lokr_w1": (2, 2)}, "is a LoKr"),
         ({f"{LAYER}.hada_w1_a": (2, 2)}, "is a LoHa"),
         ({"double_blocks.0.processor.qkv_lora1.down.weight": (2, 2)}, "XLabs"),
-        ({"double_blocks.0.img_attn.norm.query_norm.scale": (16,)}, "Canny's and Depth's, with norms"),
-        ({f"{LAYER}.lora_B.bias": (48,)}, "changes biases or whole weights"),
-        ({"lora_unet_img_in.diff_b": (48,)}, "changes biases or whole weights"),
+        ({"double_blocks.0.img_attn.norm.query_norm.scale": (16,)}, "Canny's and Depth's.*convert_main --from=BASE"),
+        ({f"{LAYER}.lora_B.bias": (40,)}, r"has a bias \[40\] .* should be \[48\]"),
+        ({f"{LAYER}.bias": (48,)}, "is no part of a LoRA"),
+        ({"lora_unet_img_in.diff_b": (48,)}, "changes whole weights"),
         ({"transformer.transformer_blocks.0.attn.to_k.lora_A.weight": (3, 48)}, "has no B for"),
         ({"transformer.transformer_blocks.0.attn.to_k.lora_A.weight": (2, 48),
           "transformer.transformer_blocks.0.attn.to_k.lora_B.weight": (48, 3)}, r"\[rank, in\] and \[out, rank\]"),

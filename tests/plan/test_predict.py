@@ -21,10 +21,13 @@ AHEAD, ZERO = (
     {"parallel.prefetch": 2},
     {"parallel.params": (("*", {}),), "parallel.moments": (("*", {"replicate": 0}),)},
 )
+LORA = {"lora.rank": 4, "lora.patterns": ("*_blocks.*",)}  # the first stage and the last have none of it
+SPLIT = {**LORA, "parallel.lora": (("*", {"shard": 0}),)}
 BY_FOUR = [(FSDP, {}), (FSDP, FULL), (FSDP, TWICE), (FSDP, {**FULL, **TWICE}), (FSDP, {**FULL, **LOW, **TWICE})]
 BY_FOUR += [(FSDP, {**FULL, **AHEAD}), (HSDP, {}), (HSDP, {**FULL, **TWICE})]
+BY_FOUR += [(FSDP, LORA), (HSDP, {**SPLIT, **FULL, **LOW, **TWICE})]
 BY_TWO = [(DDP, {}), (DDP, {**FULL, **TWICE}), (DDP, ZERO), *((CP, {"parallel.attention": kind, **FULL}) for kind in
-          ("all_gather", "ulysses", "ring")), (CP, TWICE)]  # fmt: skip
+          ("all_gather", "ulysses", "ring")), (CP, TWICE), (CP, {**LORA, **FULL}), (DDP, {**LORA, **LOW})]  # fmt: skip
 
 
 @functools.cache
@@ -87,7 +90,10 @@ def test_operations_are_those_of_the_formula(sizes):
     assert predicted(sizes, {}).operations * math.prod(sizes.values()) == pytest.approx(asked, rel=1e-9)
 
 
-@pytest.mark.parametrize("fields", [{}, {**FULL, **LOW, **TWICE}])
+SOME = {"lora.rank": 4, "lora.patterns": ("double_blocks.1.*", "single_blocks.0.linear1")}
+
+
+@pytest.mark.parametrize("fields", [{}, {**FULL, **LOW, **TWICE}, {**SPLIT, **LOW}, {**SOME, **FULL, **TWICE}])
 @pytest.mark.parametrize("sizes", [FSDP, {"replicate": 4, "shard": 8, "context": 2}])
 def test_a_trace_of_the_fold_is_as_planned(sizes, fields):
     given = {**fields, "train.batch_size": 128}

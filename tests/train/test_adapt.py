@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 import flux_func as ff
-from flux_func import sample_main, tree
+from flux_func import cli, sample_main, tree
 from flux_func.errors import UserError
-from flux_func.interop import lora_files, orbax
+from flux_func.interop import lora_files
 from flux_func.models.layers import Ops
 from flux_func.parallel import fold
 from flux_func.parallel.mesh import ONE
@@ -20,7 +20,7 @@ from flux_func.plan.meter import Meter
 from flux_func.train import adapt, checkpoint, layout, metrics, optimizer, state
 from flux_func.transforms import lora
 from tests.helpers import tiny_batch, tiny_run
-from tests.helpers.tiny_run import identical, losses, records, train
+from tests.helpers.tiny_run import identical, losses, records, stored, train
 
 CFG = ff.flavor("flux-tiny")
 CPU = torch.device("cpu")
@@ -31,13 +31,6 @@ LORA = {"lora.rank": 3, "lora.alpha": 6.0, "optimizer.lr": 1e-2}
 def no_curves(monkeypatch):
     """Half of a tiny run's time is curves.png."""
     monkeypatch.setattr(metrics, "draw_curves", lambda records, path: None)
-
-
-def stored(workdir, step):
-    """The whole state in a checkpoint, by dotted path; some blocks alone make no tree."""
-    folder = orbax.find(workdir, step)
-    like = {member: orbax.describe(folder, member) for member in orbax.members(folder)}
-    return tree.flatten(checkpoint.restore(workdir, step, like))
 
 
 def trained(params, patterns, seed=0):
@@ -254,8 +247,10 @@ def test_loras_that_cannot_be(tmp_path, given, says):
 
 def test_a_file_with_a_colon_in_its_name(tmp_path):
     (tmp_path / "a:1").write_bytes(b"")
-    assert sample_main.split_weight(str(tmp_path / "a:1")) == (str(tmp_path / "a:1"), 1.0)
-    assert sample_main.split_weight("x/y.safetensors:-0.5") == ("x/y.safetensors", -0.5)
+    assert cli.split_weight(str(tmp_path / "a:1")) == (str(tmp_path / "a:1"), 1.0)
+    assert cli.split_weight("x/y.safetensors:-0.5") == ("x/y.safetensors", -0.5)
+    assert cli.split_weight("hf://owner/name") == ("hf://owner/name", 1.0)
+    assert cli.split_weight("hf://owner/name:0.5") == ("hf://owner/name", 0.5)
 
 
 def test_weights_only_at_the_end(tmp_path):

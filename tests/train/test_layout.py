@@ -63,6 +63,14 @@ def test_a_sequence_that_cannot_be_split_so(fields, sizes, said):
     assert said in refusal(fields, *sizes)
 
 
+def test_a_compiled_step_finds_again_what_was_compiled():
+    config = tiny_run.config({"compile.enabled": True, "compile.backend": "aot_eager"})
+    cfg = state.model_config(config)
+    ops = layout.ops(config, cfg, layout.build(config, cfg, optimizer.from_config(config), mesh(1, 1, 1), CPU))
+    first, second = (flux.bind(flux.chain(cfg)[place], ops) for place in (1, 2))
+    assert first.func is second.func is not blocks.double_block
+
+
 def test_one_config_serves_any_size_of_context():
     for context in (1, 2, 4):
         made, config, _ = build({"parallel.attention": "ring"}, mesh(1, 1, context))
@@ -72,14 +80,6 @@ def test_one_config_serves_any_size_of_context():
 
 
 @pytest.mark.parametrize("lr", [{}, {"optimizer.warmup_steps": 5000, "optimizer.lr": 1e-5}])
-def test_a_compiled_step_finds_again_what_was_compiled():
-    config = tiny_run.config({"compile.enabled": True, "compile.backend": "aot_eager"})
-    cfg = state.model_config(config)
-    ops = layout.ops(config, cfg, layout.build(config, cfg, optimizer.from_config(config), mesh(1, 1, 1), CPU))
-    first, second = (flux.bind(flux.chain(cfg)[place], ops) for place in (1, 2))
-    assert first.func is second.func is not blocks.double_block
-
-
 def test_an_optimizer_that_mixes_a_leafs_numbers_wants_it_whole(lr):
     fields = {"optimizer.name": "Adafactor", **lr}
     said = refusal(fields, 1, 2, 1)

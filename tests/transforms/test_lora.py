@@ -404,6 +404,31 @@ def test_peft_computes_the_same():
         torch.testing.assert_close(grads[name].B, layer.lora_B["default"].weight.grad, rtol=1e-10, atol=1e-12)
 
 
+def test_a_bias_beside_the_factors():
+    """As of PEFT's lora_bias: the linear's own formula, merged and not, weighted by a number and by a tensor."""
+    rng = np.random.default_rng(2)
+
+    def draw(*shape):
+        return torch.from_numpy(rng.standard_normal(shape))
+
+    weight, own, A, B, bias, x = (draw(*shape) for shape in ((5, 4), (5,), (2, 4), (5, 2), (5,), (3, 4)))
+    params = {"layer": {"weight": weight, "bias": own}}
+    adapter = lora.place({"layer": lora.LowRank(A, B, 3.0, bias)}, params)
+    assert list(tree.flatten(adapter)) == ["layer.A", "layer.B", "layer.bias"]
+    expected = x @ weight.T + own + 0.4 * 1.5 * (x @ A.T @ B.T + bias)
+
+    def run(params, ops=Ops()):
+        return ops.linear(params["layer"], x, "layer")
+
+    for scale in (0.4, torch.tensor(0.4, dtype=F64)):
+        torch.testing.assert_close(lora.apply(run)(params, [(adapter, scale)]), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(run(lora.merge(params, [(adapter, scale)])), expected, rtol=1e-12, atol=1e-12)
+    back = lora.unmerge(lora.merge(params, adapter), adapter)
+    torch.testing.assert_close(back["layer"]["bias"], own, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match=r"has a bias \[5\] for layer, and the base has none"):
+        lora.merge({"layer": {"weight": weight}}, adapter)
+
+
 def test_a_pattern_that_fits_nothing():
     with pytest.raises(
         ValueError, match=r"'double_blocks\.\*\.attn\.qkv' fits no path.*double_blocks\.0\.\w+_attn\.qkv"
