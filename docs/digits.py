@@ -28,7 +28,6 @@ from flux_func import cli
 from flux_func import config as configs
 from flux_func.data import images, sources
 from flux_func.train import checkpoint, encoders, generate, loop, metrics
-from flux_func.train import step as steps
 
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "configs"))
 from flux_digits import DIGITS, get_config  # noqa: E402 (configs/ is a folder of files, not a package)
@@ -73,7 +72,6 @@ def draw(workdir: str, device) -> np.ndarray:
         cfg_scale=s.cfg_scale,
         shift=s.shift,
         batch_size=100,
-        ops=steps.make_ops(config),
     ).numpy()
 
 
@@ -116,6 +114,6 @@ def spread(pictures: np.ndarray, classes: np.ndarray) -> float:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "Folder of the run; trained into where it holds none.", required=True)
+    cli.define_workdir("Folder of the run; trained into where it holds none.")
     cli.define_device()
     cli.run(main)

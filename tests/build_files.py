@@ -32,7 +32,7 @@ DISTRIBUTIONS = {
 # What is installed in an environment of its own (third_party/README.md).
 ELSEWHERE = ("torchtitan",)
 # Folders that are no packages: their modules are imported by their bare names.
-BARE = ("configs", "docs.gallery", "flux_func.parity.references")
+BARE = ("configs", "docs", "docs.gallery", "flux_func.parity.references")
 # Files that a source names by path.
 CONFIGS = ("flux_func/train_main.py", "tests/helpers/tiny_run.py", "tests/test_cli.py", "tests/test_config.py")
 DATA = dict.fromkeys(CONFIGS, ["//configs"])

@@ -9,11 +9,16 @@ import pytest
 GALLERY = Path(__file__).parents[1] / "docs" / "gallery"
 # What makes each small enough for a test.
 SMALL = {
+    "attention": {"lengths": (8, 16)},
     "attribution": {},
     "curvature": {"samples": 4, "steps": 3},
     "editing": {"steps": 6},
     "likelihood": {"samples": 4, "steps": 2},
     "lora": {"steps": 2, "batch": 4},
+    "losses": {"steps": 2, "batch": 4},
+    "meanflow": {"steps": 3, "batch": 4},
+    "per_sample": {"samples": 40, "draws": 1},
+    "remat": {"samples": 2, "side": 1},
     "weights": {"points": 2, "samples": 4},
 }
 

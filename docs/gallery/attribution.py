@@ -29,6 +29,7 @@ def picture(digits: Digits, t: float = 0.4) -> Figure:
             axis.imshow(image, cmap="gray" if len(image) == 64 else "magma")
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(name, rotation=0, ha="right", va="center")
+    figure.suptitle("What moves a digit's loss, and what its patches attend to", y=0.95)
     return figure
 
 

@@ -10,7 +10,7 @@ import time
 
 import matplotlib.pyplot as plt
 from absl import flags
-from gallery import HERE, load, save
+from gallery import HERE, define_workdir, load, save
 
 from flux_func import cli
 
@@ -30,6 +30,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "Folder of the digits run; trained into where it holds none.", required=True)
+    define_workdir()
     flags.DEFINE_multi_enum("only", [], SCRIPTS, "A script to draw; again for more.")
     cli.run(main)

@@ -1,8 +1,7 @@
 """An image to its noise and back under another prompt: the flow is a map that can be walked both ways."""
 
-import matplotlib.pyplot as plt
 import torch
-from gallery import Digits, run
+from gallery import Digits, run, show
 from matplotlib.figure import Figure
 
 import flux_func as ff
@@ -25,13 +24,7 @@ def picture(digits: Digits, steps: int = 20) -> Figure:
     rows = {"image": threes}
     for digit, name in {3: "and back", 5: "as a five", 8: "as an eight", 9: "as a nine", 2: "as a two"}.items():
         rows[name] = likelihood.decode(told(digit), noise, part)
-    figure, axes = plt.subplots(len(rows), len(threes), figsize=(6, 6.4))
-    for line, (name, latents) in zip(axes, rows.items(), strict=True):
-        for axis, image in zip(line, digits.decode(latents), strict=True):
-            axis.imshow(image, cmap="gray", vmin=0, vmax=1)
-            axis.set(xticks=[], yticks=[])
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center")
-    return figure
+    return show({name: digits.decode(x) for name, x in rows.items()}, "Back from one noise by five prompts")
 
 
 if __name__ == "__main__":

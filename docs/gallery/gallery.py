@@ -1,7 +1,7 @@
 """What the gallery's scripts share: the digits model, the digits, and how a picture is kept.
 
 A script of the gallery is a function `picture(digits)` that returns a matplotlib figure; `run(picture)` makes it a
-program of its own, and build.py draws them all.
+program of its own, and build.py draws them all. `show` is for rows of images, `memory` for what a call allocates.
 """
 
 import sys
@@ -13,6 +13,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 
+import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from absl import flags  # noqa: E402
@@ -95,9 +96,42 @@ def _split(config: ConfigDict, codec: encoders.Encoders, split: str) -> tuple[Te
     return codec.encode_image(pictures, None), torch.tensor([DIGITS.index(text.split()[-1]) for _, text in pairs])
 
 
+def show(rows: dict[str, np.ndarray], title: str) -> Figure:
+    """Draws rows of images [n, h, w] in [0, 1] of which each has a name; the title stands above."""
+    count = max(map(len, rows.values()))
+    height = 0.8 * len(rows) + 0.5
+    figure, axes = plt.subplots(len(rows), count, figsize=(0.8 * count + 1, height), squeeze=False)
+    for line, (name, row) in zip(axes, rows.items(), strict=True):
+        for axis, image in zip(line, row, strict=True):
+            axis.imshow(image, cmap="gray", vmin=0, vmax=1)
+            axis.set(xticks=[], yticks=[])
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center")
+    figure.subplots_adjust(wspace=0.06, hspace=0.06)
+    figure.suptitle(title, y=0.88 + 0.1 / height, va="bottom")
+    return figure
+
+
+def memory(run: Callable[[], object]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (seconds since the first, MiB allocated since then) at every allocation and release while `run` runs."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        result = run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    del result
+    seconds = np.array([event.start_ns() for event in events]) / 1e9
+    return seconds - seconds[0], np.cumsum([event.nbytes() for event in events]) / 2**20
+
+
+def define_workdir() -> None:
+    """Defines --workdir."""
+    cli.define_workdir("Folder of the digits run; trained into where it holds none.")
+
+
 def run(picture: Callable[[Digits], Figure]) -> None:
     """Makes a script a program: `python docs/gallery/NAME.py --workdir=/tmp/flux_digits`."""
-    flags.DEFINE_string("workdir", None, "Folder of the digits run; trained into where it holds none.", required=True)
+    global __doc__
+    __doc__ = picture.__globals__["__doc__"]  # --help prints that of main's file, which is this one
+    define_workdir()
 
     def main(argv: list[str]) -> None:
         save(picture(load(flags.FLAGS.workdir)), HERE / f"{Path(argv[0]).stem}.png")

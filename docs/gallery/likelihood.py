@@ -30,7 +30,7 @@ def picture(digits: Digits, samples: int = 48, steps: int = 12) -> Figure:
         axes.hist(bits, bins=16, alpha=0.6, label=f"{name}: {bits.mean():.2f} in the mean")
     axes.set(xlabel="bits per dimension of the latents, fewer are likelier", ylabel="digits")
     axes.set_title("Digits that were not trained on")
-    axes.legend()
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False)
     return figure
 
 

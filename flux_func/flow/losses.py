@@ -105,8 +105,8 @@ def guidance_distillation(
     made of a guided model (Meng et al. 2023, arXiv:2210.03142, the first stage; their w is this one less 1).
 
     Args:
-      params, cfg: the student's, with a guidance embedding. The teacher's parameters and a fresh `guidance_in` are a
-        good start.
+      params, cfg: the student's, with a guidance embedding. A copy of the teacher's (updates are made in place), with a
+        fresh `guidance_in` of `flux.init`, is a good start.
       batch: as for `path.loss`; guidance [B] is each sample's scale, drawn from where it will be sampled.
       ops: how the student's operations are done, and the teacher's.
       teacher, teacher_cfg: without a guidance embedding, trained with prompt dropout.

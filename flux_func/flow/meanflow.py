@@ -10,20 +10,22 @@ The second time goes in as t - r through `guidance_in`: cfg.guidance_embed is Tr
     grads = torch.func.grad(lambda params: meanflow.loss(params, cfg, batch, r).mean())(params)
     latents = meanflow.sample(params, cfg, noise=noise, txt=txt, y=y, steps=1)
 
-batch is that of `path.loss`, without guidance.
+batch is that of `path.loss`, without guidance. `from_flow_matching` and `slow` are where training begins, `times` draws
+t and r; docs/meanflow.py has it all together.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from flux_func.flow import losses, path, timesteps
+from flux_func import tree
+from flux_func.flow import losses, path, sampler, timesteps
 from flux_func.flow.losses import Batch
 from flux_func.models import flux, layers
-from flux_func.models.layers import Ops, Params, at_least_float32
+from flux_func.models.layers import Ops, Params
 
 
 def loss(
@@ -128,6 +130,8 @@ def sample(
 ) -> Tensor:
     """Returns latents [B, 16, h, w] drawn by a model of mean velocities in a few steps, in the noise's type.
 
+    It is `sampler.sample` without shift and with a guidance of 1 / steps, which is t - r: any sampler of FLUX does it.
+
     Args:
       params, cfg, ops: as for `loss`.
       noise: standard normal [B, 16, h, w], h and w even.
@@ -139,22 +143,56 @@ def sample(
       ValueError: a model without guidance embedding, steps below 1, or shapes that do not fit.
     """
     _check_told(cfg)
-    if noise.ndim != 4 or any(side % 2 for side in noise.shape[2:]):
-        raise ValueError(f"noise has shape {tuple(noise.shape)}, it should be [B, c, h, w] with even h and w")
-    size, _, height, width = noise.shape
-    wide = at_least_float32(noise.dtype)
-    fixed = {
-        "txt": txt.expand(size, *txt.shape[1:]),
-        "y": y.expand(size, *y.shape[1:]),
-        "img_ids": flux.image_ids(height, width, device=noise.device),
-        "txt_ids": flux.text_ids(txt.shape[1], device=txt.device),
-    }
-    x = flux.patchify(noise).to(wide)
-    for t, r in pairwise(timesteps.schedule(steps, None)):
-        told = {"timesteps": t, "guidance": t - r}
-        told = {name: time.to(x.device, wide).expand(size) for name, time in told.items()}
-        x = x - (t - r) * flux.apply(params, cfg, img=x, ops=ops, **told, **fixed).to(wide)
-    return flux.unpatchify(x, height, width).to(noise.dtype)
+    given = {"noise": noise, "txt": txt, "y": y, "steps": steps, "ops": ops}
+    return sampler.sample(params, cfg, guidance=1 / max(steps, 1), shift=False, **given)
+
+
+def from_flow_matching(params: Params, cfg: flux.FluxConfig, seed: int = 0) -> tuple[Params, flux.FluxConfig]:
+    """Returns (params, cfg) of a model to train for mean velocities that begins as a flow-matching one.
+
+    It has a fresh `guidance_in` whose last layer is zero, so whatever interval it is told of, it does what it did.
+
+    Args:
+      params, cfg: of the flow-matching model, without guidance embedding. Its leaves are the new tree's too: an
+        optimizer, which is donated them, is to be given clones.
+      seed: of the counted draws.
+
+    Raises:
+      ValueError: a model with the embedding, which reads a guidance there.
+    """
+    if cfg.guidance_embed:
+        raise ValueError("guidance_embed is True, it should be False: t - r goes in where this model reads a guidance")
+    cfg = dataclasses.replace(cfg, guidance_embed=True)
+    draw, like = flux.drawing(cfg, seed, "pretrain"), params["time_in"]["in_layer"]["weight"]
+    declared = tree.flatten({"guidance_in": flux.declare(cfg)["guidance_in"]})
+    fresh = {name: draw(name, 0, leaf.shape[0]).to(like) for name, leaf in declared.items()}
+    fresh["guidance_in.out_layer.weight"].zero_()
+    return {**params, **tree.unflatten(fresh)}, cfg
+
+
+def times(
+    u: Tensor, moving: int, ends: int = 0, mean: float = -0.4, std: float = 1.0, near: float = 0.02
+) -> tuple[Tensor, Tensor]:
+    """Returns the times (t, r) of a batch, each [B], in the type of u: t logit-normal, r uniform in [0, t] or else t.
+
+    The paper draws both logit-normal and takes the later one as t, for a quarter of the batch, which is `moving`.
+
+    Args:
+      u: uniform draws [2, B] in [0, 1).
+      moving: samples whose r is not t. They come first, so that `target` can be computed for them alone.
+      ends: of those, the first, how many are steps that `sample` takes if it takes one or two: t in (1 - near, 1] and r
+        0 or 1/2. All samples begin there, and a logit-normal t seldom does.
+      mean, std: of the logit of t.
+      near: how close to 1 the ends' t are.
+
+    Raises:
+      ValueError: not 0 <= ends <= moving <= B.
+    """
+    if not 0 <= ends <= moving <= u.shape[1]:
+        raise ValueError(f"ends {ends} and moving {moving} should be in order from 0 to the batch, {u.shape[1]}")
+    t = timesteps.logit_normal(u[0], mean, std)
+    t = torch.cat([1 - near * u[0, :ends], t[ends:]])
+    return t, torch.cat([(u[1, :ends] < 0.5) / 2, t[ends:moving] * u[1, ends:moving], t[moving:]]).to(t.dtype)
 
 
 def slow(params: Params, fastest: float = 10.0) -> Params:

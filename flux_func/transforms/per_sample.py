@@ -213,7 +213,11 @@ class NoiseScale(NamedTuple):
 
 
 def noise_scale(loss: Loss, params: Tree, batch: Tree, chunk: int) -> NoiseScale:
-    """Returns the simple noise scale (McCandlish et al. 2018, arXiv:1812.06162), from batches of 1 and of B >= 2."""
+    """Returns the simple noise scale (McCandlish et al. 2018, arXiv:1812.06162), from batches of 1 and of B >= 2.
+
+    A batch much smaller than the scale leaves |G|^2 in noise, of either sign, and the scale without meaning: then more
+    samples are needed, or the mean of grad_square and of trace over many batches before they are divided.
+    """
 
     def take(grads: Tree, values: Tensor) -> tuple[Tree, Tensor]:
         return tree.map(lambda leaf: leaf.sum(0), grads), _squares(grads)
@@ -255,8 +259,8 @@ def by_timestep(timesteps: Tensor, values: Mapping[str, Tensor], bins: int = 10)
       bins: their number.
 
     Returns:
-      "edges" [bins + 1], "count" [bins] and, for each name, {"mean", "std": [bins]}: NaN where a bin is empty. The
-      standard deviation is that of the samples there are (dividing by the count).
+      "edges" [bins + 1], "centres" [bins], "count" [bins] and, for each name, {"mean", "std": [bins]}: NaN where a bin
+      is empty. The standard deviation is that of the samples there are (dividing by the count).
 
     Raises:
       ValueError: timesteps outside [0, 1], or values of another length.
@@ -265,7 +269,8 @@ def by_timestep(timesteps: Tensor, values: Mapping[str, Tensor], bins: int = 10)
         raise ValueError(f"timesteps {list(timesteps.shape)} should be [B] in [0, 1]")
     place = (timesteps * bins).long().clamp(max=bins - 1)
     count = torch.bincount(place, minlength=bins)
-    found: dict[str, Any] = {"edges": torch.linspace(0, 1, bins + 1).to(timesteps), "count": count}
+    edges = torch.linspace(0, 1, bins + 1).to(timesteps)
+    found: dict[str, Any] = {"edges": edges, "centres": (edges[1:] + edges[:-1]) / 2, "count": count}
     for name, value in values.items():
         if value.shape != timesteps.shape:
             raise ValueError(f"{name} is {list(value.shape)}: should be {list(timesteps.shape)}, as the timesteps")

@@ -1,9 +1,9 @@
 """Rematerialization: a function that keeps its inputs alone, and is run again when a derivative of it is asked for.
 
-    loss = ff.loss(params, cfg, batch, ops=Ops(wrap_stage=remat.stages()))
+    loss = ff.loss(params, cfg, batch, ops=remat.ops())             # every stage; or remat.ops("attention"), kept
 
-    policy = remat.keep("attention")
-    ops = Ops(attention=remat.attention, wrap_stage=remat.stages(policy))
+torch.func.grad lets go of nothing until it has returned, so what it saves there is more than the activations; in the
+training fold (`ff.grad_and_value`), which frees as it goes, it is those alone.
 
 After Griewank & Walther 2000 and Chen et al. 2016, arXiv:1604.06174; policies by name as jax.checkpoint has them. It
 goes through torch.autograd and through every transform of torch.func, in any nesting, because derivatives of a
@@ -75,6 +75,18 @@ def stages(policy: Policy | None = None) -> Callable[[Callable, Stage], Callable
         return lambda *args: _call(fn, policy, args, {}, all_met=False)
 
     return wrap_stage
+
+
+def ops(*names: str) -> layers.Ops:
+    """Returns ops by which stages are rematerialized, keeping the results of "attention", "linear", both or neither.
+
+    Raises:
+      ValueError: another name.
+    """
+    kept = {"attention": attention, "linear": linear}
+    if unknown := set(names) - set(kept):
+        raise ValueError(f"{unknown.pop()!r} should be one of {', '.join(map(repr, kept))}")
+    return layers.Ops(**{name: kept[name] for name in names}, wrap_stage=stages(keep(*names) if names else None))
 
 
 def keep(*names: str) -> Policy:

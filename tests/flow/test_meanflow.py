@@ -1,12 +1,14 @@
 """MeanFlow against flows whose mean velocity is known, and its loss against difference quotients in float64."""
 
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flux_func import tree
-from flux_func.flow import losses, meanflow, path
+from flux_func.flow import losses, meanflow, path, timesteps
+from flux_func.models import flux
 from tests.helpers import tiny_model
 from tests.helpers.tiny_model import CFG, GUIDED, NAIVE, call, column, either_attention, mean_square, on_path, slope
 
@@ -154,7 +156,47 @@ def test_guided_velocity_is_the_papers_mixture():
     assert all(leaf.count_nonzero() == 0 for leaf in tree.leaves(grads))
 
 
+# Where training begins.
+
+
+def test_from_flow_matching_begins_as_the_model_it_was():
+    plain, batch = tiny_model.params(), tiny_model.batch()
+    params, cfg = meanflow.from_flow_matching(plain, CFG, seed=3)
+    assert cfg == GUIDED and {name: leaf.shape for name, leaf in tree.flatten(params).items()} == {
+        name: leaf.shape for name, leaf in tree.flatten(PARAMS).items()
+    }
+    assert all(tree.flatten(params)[name] is leaf for name, leaf in tree.flatten(plain).items())
+    (x, _), t = on_path(batch), batch["timesteps"]
+    expected = call(plain, CFG, x, t, batch)
+    for interval in (torch.zeros_like(t), t, earlier(batch)):
+        torch.testing.assert_close(call(params, cfg, x, t, batch, interval), expected, rtol=0, atol=0)
+    # The layer before is drawn as the seed says: that of zeros alone would never learn.
+    drawn = flux.init(cfg, seed=3, dtype=torch.float64)["guidance_in"]["in_layer"]["weight"]
+    assert drawn.any() and torch.equal(params["guidance_in"]["in_layer"]["weight"], drawn)
+
+
 # Time.
+
+
+@given(st.integers(0, 20), st.integers(0, 20), st.integers(0, 20), st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_times_are_in_order_and_where_they_should_be(ends, inner, still, seed):
+    moving, u = ends + inner, torch.rand(2, ends + inner + still, generator=torch.Generator().manual_seed(seed))
+    t, r = meanflow.times(u, moving, ends, mean=0.3, std=1.2)
+    assert t.dtype == r.dtype == torch.float32 and (r >= 0).all() and (r <= t).all() and (t <= 1).all()
+    assert torch.equal(r[moving:], t[moving:]) and (r[:moving] < t[:moving]).all()
+    assert (t[:ends] > 0.98).all() and set(r[:ends].tolist()) <= {0.0, 0.5}
+    torch.testing.assert_close(t[ends:], timesteps.logit_normal(u[0, ends:], 0.3, 1.2))
+    torch.testing.assert_close(r[ends:moving], t[ends:moving] * u[1, ends:moving])
+
+
+def test_times_have_the_distributions_asked_for():
+    u = torch.rand(2, 8000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    t, r = meanflow.times(u, moving=6000, ends=4000, mean=0.8, std=1.4)
+    assert scipy.stats.kstest(t[:4000], "uniform", args=(0.98, 0.02)).pvalue > 0.01
+    assert scipy.stats.binomtest(int((r[:4000] == 0).sum()), 4000).pvalue > 0.01
+    assert scipy.stats.kstest(torch.logit(t[4000:]), "norm", args=(0.8, 1.4)).pvalue > 0.01
+    assert scipy.stats.kstest(r[4000:6000] / t[4000:6000], "uniform").pvalue > 0.01
 
 
 def test_slow_models_do_not_see_time_features_above_a_speed():
@@ -205,5 +247,12 @@ def test_misuse_is_said():
         meanflow.loss(PARAMS, GUIDED, batch, r[:1])
     with pytest.raises(ValueError, match=r"velocity has shape \(1, 16, 4, 6\)"):
         meanflow.loss(PARAMS, GUIDED, batch, r, velocity=batch["noise"][:1])
+    with pytest.raises(ValueError, match="guidance_embed is True, it should be False: t - r goes in where"):
+        meanflow.from_flow_matching(PARAMS, GUIDED)
+    for ends, moving in ((3, 2), (0, 3), (-1, 1)):
+        with pytest.raises(ValueError, match=f"ends {ends} and moving {moving} should be in order from 0 to the batch"):
+            meanflow.times(torch.rand(2, 2), moving, ends)
     with pytest.raises(ValueError, match="noise has shape"):
         meanflow.sample(PARAMS, GUIDED, noise=batch["noise"][..., 1:], txt=batch["txt"], y=batch["y"])
+    with pytest.raises(ValueError, match="steps 0 should be at least 1"):
+        meanflow.sample(PARAMS, GUIDED, noise=batch["noise"], txt=batch["txt"], y=batch["y"], steps=0)

@@ -21,11 +21,9 @@ CFG = flux.FluxConfig(
 )
 OPS = {
     "plain": Ops(),
-    "remat": Ops(wrap_stage=remat.stages()),
-    "remat, attention kept": Ops(attention=remat.attention, wrap_stage=remat.stages(remat.keep("attention"))),
-    "remat, all products kept": Ops(
-        linear=remat.linear, attention=remat.attention, wrap_stage=remat.stages(remat.keep("attention", "linear"))
-    ),
+    "remat": remat.ops(),
+    "remat, attention kept": remat.ops("attention"),
+    "remat, all products kept": remat.ops("attention", "linear"),
 }
 STEP = 1e-2
 

@@ -187,6 +187,7 @@ def test_statistics_by_timestep_are_those_of_a_histogram(size, bins, seed):
     found = per_sample.by_timestep(t, {"loss": value}, bins)
     count, edges = np.histogram(t.numpy(), bins, (0, 1))
     np.testing.assert_allclose(found["edges"].numpy(), edges, atol=1e-12)
+    np.testing.assert_allclose(found["centres"].numpy(), edges[:-1] + np.diff(edges) / 2, atol=1e-12)
     assert found["count"].tolist() == count.tolist()
     place = np.minimum(np.digitize(t.numpy(), edges) - 1, bins - 1)
     for i in range(bins):

@@ -235,10 +235,15 @@ def test_stages_without_parameters_are_left_alone():
 
 
 OPS = {
-    "nothing": Ops(wrap_stage=remat.stages()),
-    "attention": Ops(attention=remat.attention, wrap_stage=remat.stages(remat.keep("attention"))),
-    "products": Ops(linear=remat.linear, attention=remat.attention, wrap_stage=remat.stages(BOTH)),
+    "nothing": remat.ops(),
+    "attention": remat.ops("attention"),
+    "products": remat.ops("attention", "linear"),
 }
+
+
+def test_ops_of_another_name_are_refused():
+    with pytest.raises(ValueError, match="'atention' should be one of 'attention', 'linear'"):
+        remat.ops("atention")
 
 
 @pytest.mark.parametrize("kept", OPS)
