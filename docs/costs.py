@@ -160,15 +160,16 @@ def peak_bytes(run: Run) -> int:
 
 def draw(found: list[tuple[Row, float, float]], path: Path) -> None:
     """Draws the ratios, and a mark where each bound is."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 0.5 * len(found) + 1), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 0.5 * len(found) + 1), sharey=True, gridspec_kw={"wspace": 0.35})
     names = [f"{row.name} / {row.than}" for row, _, _ in found]
     for axis, title, at in zip(axes, ("time", "memory"), (1, 2), strict=True):
-        axis.bar_label(axis.barh(names, [each[at] for each in found], color="tab:blue"), fmt=" %.2f")
-        for place, (row, *_) in enumerate(found):
+        axis.barh(names, [each[at] for each in found], color="tab:blue")
+        for place, (row, *values) in enumerate(found):
             bound = (row.seconds, row.memory)[at - 1]
             axis.plot([bound or np.nan] * 2, [place - 0.4, place + 0.4], "r-")
+            text = f"{values[at - 1]:.3g}" + (f" of {bound}" if bound else "")
+            axis.text(1.02, place, text, transform=axis.get_yaxis_transform(), va="center")
         axis.set(title=f"{title}, times that of the other; red: at most")
-        axis.margins(x=0.15)
     axes[0].invert_yaxis()
     figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
 
