@@ -92,7 +92,7 @@ from torch.overrides import TorchFunctionMode
 
 from flux_func.data import pipeline, sources
 from flux_func.flow import path
-from flux_func.models import attention, flux, layers
+from flux_func.models import flux, kernels, layers
 from flux_func.parallel import mesh, sharding
 from flux_func.train import encoders, layout, optimizer, state, step
 from tests.helpers import tiny_run
@@ -156,13 +156,13 @@ def take_a_step(fields, *functions):
 
 
 def test_attention_in_a_step_is_full_over_text_and_image(monkeypatch):
-    seen, block = [], attention.block
+    seen, block = [], kernels.block
 
-    def noting(*qkv):
-        seen.append((qkv, block(*qkv)))
+    def noting(*given):
+        seen.append((given[:3], block(*given)))
         return seen[-1][1]
 
-    monkeypatch.setattr(attention, "block", noting)
+    monkeypatch.setattr(kernels, "block", noting)
     take_a_step({"data.image_size": 64})
     assert len(seen) == 4
     for (q, k, v), (out, _) in seen:

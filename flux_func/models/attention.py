@@ -16,61 +16,75 @@ gradient comes through the softmax; `_centred` is the bracket, and all of it her
 D head size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from torch.nn.attention import SDPBackend
 
-Pair = tuple[Tensor | None, Tensor | None]
+from flux_func.models import kernels
+from flux_func.models.kernels import Pair
 
-# Scores that are there at once, of so many queries and as many heads as fit: what a CPU's cache holds, or enough to
-# keep another device busy.
-ROWS = 128
-SCORES_CPU = 1 << 18
-SCORES = 1 << 24
+# (forward, given, *args) to forward(*args)[0], all of which it keeps; or to given(*args, *kept), the same again.
+Tape = Callable[..., Tensor]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, kernel: str = "", tape: Tape | None = None) -> Tensor:
     """Returns softmax(q k^T / sqrt(D)) v of every token to every token; [B, H, L, D] each, to [B, L, H*D].
 
     k and v may have another length than q. All of torch.func's and torch.autograd's transforms apply, forward and
     backward, up to second derivatives; inside torch.compile those of F.scaled_dot_product_attention do.
 
+    Args:
+      q, k, v: [B, H, L, D] each.
+      kernel: of value and gradient, one of `kernels.KERNELS`; "": the one that torch would take.
+      tape: where the result is kept, or comes from (`transforms/selective.py`); first derivatives alone.
+
     Raises:
-      ValueError: shapes that do not go together.
+      ValueError: shapes that do not go together, or a kernel that the device has not.
       NotImplementedError: a third derivative is asked for.
     """
     if q.shape[:2] != k.shape[:2] or q.shape[-1:] != k.shape[-1:] or k.shape != v.shape or q.ndim != 4:
         shapes = ", ".join(str(list(x.shape)) for x in (q, k, v))
         raise ValueError(f"q, k and v should be [B, H, L, D] of one B, H and D, and k as long as v; they are {shapes}")
-    if torch.compiler.is_compiling() or q.is_meta:
+    compiling = torch.compiler.is_compiling()
+    if (compiling or q.is_meta) and not kernel and tape is None:
         # Dynamo refuses functions that have forward mode or vmap of their own; without memory none is to be saved.
-        out = F.scaled_dot_product_attention(q, k, v)
-    else:
-        out, _ = _Attention.apply(packed(q), packed(k), packed(v))
+        return _joined(F.scaled_dot_product_attention(q, k, v))
+    given = *map(kernels.packed, (q, k, v)), kernel
+    if tape is not None:
+        return _joined(tape(_value, _Given.apply, *given))
+    return _joined((_Once if compiling else _Attention).apply(*given)[0])
+
+
+def _value(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
+    out, total = kernels.block(q, k, v, kernel)
+    return out.to(q.dtype), total
+
+
+def _gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, total: Tensor, kernel: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(x.to(q.dtype) for x in kernels.block_backward(kernels.packed(grad), q, k, v, out, total, kernel))
+
+
+def _joined(out: Tensor) -> Tensor:
     return rearrange(out, "B H L D -> B L (H D)")
 
 
-def packed(x: Tensor) -> Tensor:
-    """Returns x with the numbers of a head side by side, as kernels want them."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-# The functions. Each takes tensors whose first dimension is the batch, or None for zero, and nothing else.
+# The functions. Each takes tensors whose first dimension is the batch, None for zero, and the kernel's name.
 
 
 class _Batched(torch.autograd.Function):
     """Takes what vmap maps over as more of a batch."""
 
     @classmethod
-    def vmap(cls, info: Any, in_dims: tuple, *args: Tensor | None) -> tuple:
-        def fold(x: Tensor | None, dim: int | None) -> Tensor | None:
-            if x is None:
-                return None
+    def vmap(cls, info: Any, in_dims: tuple, *args: Tensor | str | None) -> tuple:
+        def fold(x: Tensor | str | None, dim: int | None) -> Tensor | str | None:
+            if not isinstance(x, Tensor):
+                return x
             x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
             return x.flatten(0, 1)
 
@@ -94,23 +108,25 @@ class _Attention(_Batched):
     """(q, k, v) to (output [B, H, L, D], log of the sum of exponentials [B, H, L])."""
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        out, total = block(q, k, v)
-        return out.to(q.dtype), total
+    def forward(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
+        return _value(q, k, v, kernel)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        *qkv, ctx.kernel = inputs
         ctx.mark_non_differentiable(output[1])
-        _save(ctx, *inputs, *output)
+        _save(ctx, *qkv, *output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple:
-        return (None,) * 3 if grad is None else _Backward.apply(grad, *ctx.saved_tensors)
+        if grad is None:
+            return (None,) * 4
+        return *_Backward.apply(grad, *ctx.saved_tensors, ctx.kernel), None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None]:
         qkv, kept = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
-        return _Tangent.apply(*qkv, *_filled(tangents, qkv), *kept), None
+        return _Tangent.apply(*qkv, *_filled(tangents[:3], qkv), *kept), None
 
 
 class _Backward(_Batched):
@@ -121,23 +137,22 @@ class _Backward(_Batched):
     """
 
     @staticmethod
-    def forward(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, total: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return tuple(x.to(q.dtype) for x in block_backward(packed(grad), q, k, v, out, total))
+    def forward(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _gradients(*given)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple) -> None:
-        _save(ctx, *inputs)
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        *tensors, ctx.kernel = inputs
+        _save(ctx, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *directions: Tensor | None) -> tuple:
         if all(x is None for x in directions):
-            return (None,) * 6
+            return (None,) * 7
         grad, qkv, kept = ctx.saved_tensors[0], ctx.saved_tensors[1:4], ctx.saved_tensors[4:]
         directions = tuple(_filled(directions, qkv))
         of_grad = _Tangent.apply(*qkv, *directions, *kept)
-        return of_grad, *_BackwardTangent.apply(grad, *qkv, None, *directions), None, None
+        return of_grad, *_BackwardTangent.apply(grad, *qkv, None, *directions), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, of_grad: Tensor | None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
@@ -165,7 +180,7 @@ class _Tangent(_Batched):
             return (None,) * 8
         qkv, tangents, kept = ctx.saved_tensors[:3], ctx.saved_tensors[3:6], ctx.saved_tensors[6:]
         of_qkv = _BackwardTangent.apply(grad, *qkv, None, *tangents)
-        return *of_qkv, *_Backward.apply(grad, *qkv, *kept), None, None
+        return *of_qkv, *_Backward.apply(grad, *qkv, *kept, ""), None, None
 
     @staticmethod
     def jvp(ctx: Any, *directions: Tensor | None) -> Tensor:
@@ -212,14 +227,69 @@ class _SecondTangent(_Last):
         return _second_tangent(*given)
 
 
+# Value and gradient alone: what torch.compile takes, and what can be given its result.
+
+
+class _Once(torch.autograd.Function):
+    """`_Attention` with a first derivative."""
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
+        return _value(q, k, v, kernel)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        *qkv, ctx.kernel = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*qkv, *output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple:
+        return *_OnceBackward.apply(grad, *ctx.saved_tensors, ctx.kernel), None
+
+
+class _OnceBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, total: Tensor, kernel: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _gradients(grad, q, k, v, out, total, kernel)  # Dynamo wants them named
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        del ctx, inputs, output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        raise NotImplementedError("attention that is compiled or given its result has no second derivative")
+
+
+class _Given(torch.autograd.Function):
+    """(q, k, v, kernel, output, log of the sum of exponentials) to the output, as if it were computed."""
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, kernel: str, out: Tensor, total: Tensor) -> Tensor:
+        del q, k, v, kernel, total
+        return out.view_as(out)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        *qkv, ctx.kernel, out, total = inputs
+        ctx.save_for_backward(*qkv, out, total)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return *_OnceBackward.apply(grad, *ctx.saved_tensors, ctx.kernel), None, None, None
+
+
 # What they compute, block by block, in float32 or the input's type if wider. The scale is in q and its tangents.
 
 
 def _tangent(q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor, tv: Tensor) -> Tensor:
     kind, scale = q, q.shape[-1] ** -0.5
-    q, k, v, tq, tk, tv = _heads(q, k, v, tq, tk, tv)
+    q, k, v, tq, tk, tv = kernels.heads(q, k, v, tq, tk, tv)
     q, tq, out = q * scale, tq * scale, torch.empty_like(q)
-    for h, r in _blocks(q, k):
+    for h, r in kernels.blocks(q, k):
         weights = (q[h, r] @ k[h].mT).softmax(-1)
         change = _centred(_sum((tq[h, r], k[h].mT), (q[h, r], tk[h].mT)), weights).mul_(weights)
         out[h, r] = _sum((change, v[h]), (weights, tv[h]))
@@ -230,11 +300,11 @@ def _backward_tangent(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, tgrad: Tensor | None, tq: Tensor, tk: Tensor, tv: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     kinds, scale = (q, k, v), q.shape[-1] ** -0.5
-    grad, q, k, v, tq, tk, tv = _heads(grad, q, k, v, tq, tk, tv)
-    tgrad = None if tgrad is None else _heads(tgrad)[0]
+    grad, q, k, v, tq, tk, tv = kernels.heads(grad, q, k, v, tq, tk, tv)
+    tgrad = None if tgrad is None else kernels.heads(tgrad)[0]
     q, tq = q * scale, tq * scale
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for h, r in _blocks(q, k):
+    for h, r in kernels.blocks(q, k):
         of_grad = None if tgrad is None else tgrad[h, r]
         weights = (q[h, r] @ k[h].mT).softmax(-1)
         moved = _centred(_sum((tq[h, r], k[h].mT), (q[h, r], tk[h].mT)), weights)
@@ -244,17 +314,17 @@ def _backward_tangent(
         # Of the weights, and of the scores' gradient, the changes; and that gradient.
         moved, both, pulled = moved.mul_(weights), both.mul_(weights), pulled.mul_(weights)
         dq[h, r] = _sum((both, k[h]), (pulled, tk[h])).mul_(scale)
-        _add(dk[h], (both.mT, q[h, r]), (pulled.mT, tq[h, r]))
-        _add(dv[h], (moved.mT, grad[h, r]), (weights.mT, of_grad))
+        kernels.add(dk[h], (both.mT, q[h, r]), (pulled.mT, tq[h, r]))
+        kernels.add(dv[h], (moved.mT, grad[h, r]), (weights.mT, of_grad))
     return tuple(_like(kind, x) for kind, x in zip(kinds, (dq, dk, dv), strict=True))
 
 
 def _second_tangent(q: Tensor, k: Tensor, v: Tensor, *tangents: Tensor) -> Tensor:
     """The tangents: a of q, k, v; b of q, k, v; and those of a along b."""
     kind, scale = q, q.shape[-1] ** -0.5
-    q, k, v, aq, ak, av, bq, bk, bv, cq, ck, cv = _heads(q, k, v, *tangents)
+    q, k, v, aq, ak, av, bq, bk, bv, cq, ck, cv = kernels.heads(q, k, v, *tangents)
     q, aq, bq, cq, out = q * scale, aq * scale, bq * scale, cq * scale, torch.empty_like(q)
-    for h, r in _blocks(q, k):
+    for h, r in kernels.blocks(q, k):
         weights = (q[h, r] @ k[h].mT).softmax(-1)
         along_a = _centred(_sum((aq[h, r], k[h].mT), (q[h, r], ak[h].mT)), weights)
         along_b = _centred(_sum((bq[h, r], k[h].mT), (q[h, r], bk[h].mT)), weights)
@@ -266,133 +336,15 @@ def _second_tangent(q: Tensor, k: Tensor, v: Tensor, *tangents: Tensor) -> Tenso
     return _like(kind, out)
 
 
-def _heads(*tensors: Tensor) -> list[Tensor]:
-    """Returns [B, H, L, D] as [B * H, L, D], in float32 at least."""
-    wide = torch.promote_types(tensors[0].dtype, torch.float32)
-    return [x.flatten(0, 1).to(wide) for x in tensors]
-
-
 def _like(kind: Tensor, x: Tensor) -> Tensor:
     return x.view(kind.shape).to(kind.dtype)
 
 
-def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Yields slices of the heads and the queries of [B * H, L, D] that cover all."""
-    most = SCORES_CPU if q.device.type == "cpu" else SCORES
-    rows = max(1, min(ROWS, q.shape[1]))
-    heads = max(1, most // max(1, rows * k.shape[1]))
-    for head in range(0, q.shape[0], heads):
-        for row in range(0, q.shape[1], rows):
-            yield slice(head, head + heads), slice(row, row + rows)
-
-
 def _sum(first: tuple[Tensor, Tensor], *rest: Pair) -> Tensor:
     """Returns the sum of the pairs' matrix products; a pair with None counts as zero."""
-    return _add(first[0] @ first[1], *rest)
-
-
-def _add(total: Tensor, *pairs: Pair) -> Tensor:
-    """Adds the pairs' matrix products to the total, in place."""
-    for a, b in pairs:
-        if a is not None and b is not None:
-            # The same as baddbmm_, which torch's counter of operations does not know.
-            torch.baddbmm(total, a, b, out=total)
-    return total
+    return kernels.add(first[0] @ first[1], *rest)
 
 
 def _centred(x: Tensor, weights: Tensor) -> Tensor:
     """Returns x, in place, less its mean under the weights of each row."""
     return x.sub_((weights * x).sum(-1, keepdim=True))
-
-
-# Value and gradient by torch's kernels. They give the logarithm of the sum of exponentials too, and take any in their
-# backward: of more keys than they are given, as in a ring, the probabilities are those of the whole.
-
-
-def block(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns (output [B, H, L, D], log of the sum of exponentials [B, H, L]); q, k and v as `packed` gives them."""
-    kernel, aten = _kernel(q, k), torch.ops.aten
-    if kernel == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    if kernel == "flash":
-        return aten._scaled_dot_product_flash_attention(q, k, v)[:2]
-    if kernel == "cudnn":
-        out, total = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
-        return out, total.squeeze(-1)
-    if kernel == "efficient":
-        out, total = aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[:2]
-        return out, total.narrow(-1, 0, q.shape[2])
-    return _by_products(q, k, v)
-
-
-def block_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, total: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of q, k and v, of which k and v may be a part of those that out and total are of."""
-    kernel, aten = _kernel(q, k), torch.ops.aten
-    if kernel == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, total, 0.0, False)
-    if kernel == "products":
-        return _by_products_backward(grad, q, k, v, out, total)
-    given, lengths = (grad, q, k, v), (None, None, q.shape[2], k.shape[2])
-    if kernel == "flash":
-        # The state of a dropout that there is not.
-        state = [torch.empty(shape, dtype=torch.uint64, device=q.device) for shape in (2, ())]
-        return aten._scaled_dot_product_flash_attention_backward(*given, out, total, *lengths, 0.0, False, *state)
-    state = [torch.empty((), dtype=torch.int64, device=q.device) for _ in range(2)]
-    if kernel == "cudnn":
-        backward = aten._scaled_dot_product_cudnn_attention_backward
-        return backward(*given, out, total.unsqueeze(-1), *state, None, *lengths, 0.0, False)
-    # Rows of whole 32, as the kernel has them.
-    total = F.pad(total, (0, -total.shape[-1] % 32), value=torch.inf)
-    backward = aten._scaled_dot_product_efficient_attention_backward
-    return backward(*given, None, out, total, *state, 0.0, (True, True, True, False))[:3]
-
-
-def _kernel(q: Tensor, k: Tensor) -> str:
-    """Returns which kernel F.scaled_dot_product_attention would take; "products" where it would be its own math."""
-    # Dynamo cannot look up what is enabled.
-    compiling = torch.compiler.is_compiling()
-    if q.device.type == "cpu":
-        # Of no tokens the kernel dies.
-        enabled = compiling or torch.backends.cuda.flash_sdp_enabled()
-        return "cpu" if enabled and q.numel() and k.numel() else "products"
-    if q.device.type != "cuda" or q.shape[-1] % 8:
-        return "products"
-    if compiling:
-        return "flash" if q.dtype.itemsize == 2 and q.shape[-1] <= 256 else "products"
-    return _CUDA.get(SDPBackend(torch._fused_sdp_choice(q, k, k)), "products")
-
-
-_CUDA = {
-    SDPBackend.FLASH_ATTENTION: "flash",
-    SDPBackend.EFFICIENT_ATTENTION: "efficient",
-    SDPBackend.CUDNN_ATTENTION: "cudnn",
-}
-
-
-def _by_products(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    kind, scale = q, q.shape[-1] ** -0.5
-    q, k, v = _heads(q, k, v)
-    q, out, total = q * scale, torch.empty_like(q), q.new_empty(q.shape[:2])
-    for h, r in _blocks(q, k):
-        scores = q[h, r] @ k[h].mT
-        total[h, r] = scores.logsumexp(-1)
-        out[h, r] = scores.sub_(total[h, r, None]).exp_() @ v[h]
-    return out.view(kind.shape), total.view(kind.shape[:-1])
-
-
-def _by_products_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, total: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    shapes, scale = (q.shape, k.shape, v.shape), q.shape[-1] ** -0.5
-    q, k, v, grad, out, total = _heads(q, k, v, grad, out, total)
-    q, drawn = q * scale, (grad * out).sum(-1, keepdim=True)
-    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for h, r in _blocks(q, k):
-        weights = (q[h, r] @ k[h].mT).sub_(total[h, r, None]).exp_()
-        _add(dv[h], (weights.mT, grad[h, r]))
-        pulled = (grad[h, r] @ v[h].mT).sub_(drawn[h, r]).mul_(weights)
-        dq[h, r] = (pulled @ k[h]).mul_(scale)
-        _add(dk[h], (pulled.mT, q[h, r]))
-    return tuple(x.view(shape) for x, shape in zip((dq, dk, dv), shapes, strict=True))

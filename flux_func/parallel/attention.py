@@ -21,17 +21,18 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from flux_func.errors import UserError
-from flux_func.models import attention, layers
+from flux_func.models import kernels, layers
+from flux_func.models.attention import Tape
 from flux_func.models.layers import at_least_float32
 from flux_func.parallel import collectives
 from flux_func.parallel.collectives import Members
 from flux_func.parallel.mesh import Mesh
 
 KINDS = ("all_gather", "ulysses", "ring")
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attention = Callable[..., Tensor]
 
 
-def context_attention(kind: str, mesh: Mesh, heads: int, ulysses: int = -1) -> Attention:
+def context_attention(kind: str, mesh: Mesh, heads: int, ulysses: int = -1, kernel: str = "") -> Attention:
     """Returns an `Ops.attention` for a sequence that is split over the mesh's `context` axis.
 
     Args:
@@ -39,10 +40,12 @@ def context_attention(kind: str, mesh: Mesh, heads: int, ulysses: int = -1) -> A
       mesh: the processes; with one of them on that axis the result is `layers.attention`.
       heads: of the model.
       ulysses: with kind "ulysses", how many neighbours exchange heads; -1: all of them. The rest is a ring.
+      kernel: as for `attention.attention`.
 
     Returns:
-      (q, k, v) [B, H, l, D] to [B, l, H*D]. By torch.func, "all_gather" and "ulysses" without a ring have every
-      derivative that `layers.attention` has; a ring has the vjp alone.
+      (q, k, v, tape=None) to [B, l, H*D], as `attention.attention`, of q, k and v [B, H, l, D]. By torch.func,
+      "all_gather" and "ulysses" without a ring have every derivative that `layers.attention` has; a ring has the vjp
+      alone.
 
     Raises:
       ValueError: the degree divides not the heads, or not the processes (`check` says it to a user).
@@ -51,11 +54,12 @@ def context_attention(kind: str, mesh: Mesh, heads: int, ulysses: int = -1) -> A
     degree = {"all_gather": 1, "ulysses": size if ulysses == -1 else ulysses, "ring": 1}[kind]
     if heads % degree or size % degree:
         raise ValueError(f"ulysses {degree} should divide {heads} heads and {size} processes")
+    whole = functools.partial(layers.attention, kernel=kernel) if kernel else layers.attention
     if group is None:
-        return layers.attention
+        return whole
     if kind == "all_gather":
-        return functools.partial(_gathered, group)
-    inner = layers.attention if degree == size else functools.partial(_ring, Members.of(group), degree)
+        return functools.partial(_gathered, group, whole)
+    inner = whole if degree == size else functools.partial(_ring, Members.of(group), degree, kernel)
     return inner if degree == 1 else functools.partial(_exchanged, group, degree, inner)
 
 
@@ -93,19 +97,23 @@ def _degrees(*numbers: int) -> str:
     return ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
 
 
-def _gathered(group: ProcessGroup, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _gathered(
+    group: ProcessGroup, inner: Attention, q: Tensor, k: Tensor, v: Tensor, tape: Tape | None = None
+) -> Tensor:
     # Tokens are outermost, so that what is sent and what comes lies as it should without another copy.
     kv = torch.stack([rearrange(x, "B H l D -> l B H D") for x in (k, v)], dim=1)
     kv = collectives.all_gather(kv, 0, group)
-    return layers.attention(q, *(rearrange(x, "L B H D -> B H L D") for x in kv.unbind(1)))
+    return inner(q, *(rearrange(x, "L B H D -> B H L D") for x in kv.unbind(1)), tape=tape)
 
 
-def _exchanged(group: ProcessGroup, degree: int, inner: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _exchanged(
+    group: ProcessGroup, degree: int, inner: Attention, q: Tensor, k: Tensor, v: Tensor, tape: Tape | None = None
+) -> Tensor:
     """Attends to the tokens of `degree` neighbours with its share of the heads, by `inner`."""
     parts = [rearrange(x, "B (n h) l D -> n l B h D", n=degree) for x in (q, k, v)]
     # Its first dimension is of size 1 afterwards: the tokens join where they lie.
     qkv = collectives.all_to_all(torch.stack(parts, dim=2), 0, 1, group, among=degree)
-    mixed = inner(*(rearrange(x, "1 L B h D -> B h L D") for x in qkv.unbind(2)))
+    mixed = inner(*(rearrange(x, "1 L B h D -> B h L D") for x in qkv.unbind(2)), tape=tape)
     heads = q.shape[1] // degree
     mixed = rearrange(mixed, "B (n l) (h D) -> n l B h D", n=degree, h=heads)
     mixed = collectives.all_to_all(mixed, 0, 3, group, among=degree)
@@ -115,18 +123,24 @@ def _exchanged(group: ProcessGroup, degree: int, inner: Attention, q: Tensor, k:
 # The ring.
 
 
-def _ring(members: Members, stride: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _ring(
+    members: Members, stride: int, kernel: str, q: Tensor, k: Tensor, v: Tensor, tape: Tape | None = None
+) -> Tensor:
     """Attends to the tokens of every process that is some multiple of `stride` places away."""
-    function = _Ring if torch.compiler.is_compiling() else _RingEverywhere
-    return rearrange(function.apply(attention.packed(q), k, v, members, stride)[0], "B H l D -> B l (H D)")
+    given = kernels.packed(q), k, v, members, stride, kernel
+    if tape is not None:
+        out = tape(_attend, _RingGiven.apply, *given)
+    else:
+        out, _ = (_Ring if torch.compiler.is_compiling() else _RingEverywhere).apply(*given)
+    return rearrange(out, "B H l D -> B l (H D)")
 
 
 class _Ring(torch.autograd.Function):
     """(q, k, v) to (output, log of the sum of exponentials); its vjp is the ring once more."""
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, members: Members, stride: int) -> tuple[Tensor, Tensor]:
-        return _attend(q, k, v, members, stride)
+    def forward(q: Tensor, k: Tensor, v: Tensor, members: Members, stride: int, kernel: str) -> tuple[Tensor, Tensor]:
+        return _attend(q, k, v, members, stride, kernel)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -136,15 +150,43 @@ class _Ring(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
-        return *_RingBackward.apply(grad, *ctx.saved_tensors, *ctx.ring), None, None
+        return *_RingBackward.apply(grad, *ctx.saved_tensors, *ctx.ring), None, None, None
+
+
+class _RingGiven(torch.autograd.Function):
+    """(q, k, v, the ring, output, log of the sum of exponentials) to the output, as if it were computed."""
+
+    @staticmethod
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, members: Members, stride: int, kernel: str, out: Tensor, total: Tensor
+    ) -> Tensor:
+        del q, k, v, members, stride, kernel, total
+        return out.view_as(out)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        q, k, v, *ctx.ring, out, total = inputs
+        ctx.save_for_backward(q, k, v, out, total)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return *_RingBackward.apply(grad, *ctx.saved_tensors, *ctx.ring), None, None, None, None, None
 
 
 class _RingBackward(torch.autograd.Function):
     @staticmethod
     def forward(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, total: Tensor, members: Members, stride: int
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        total: Tensor,
+        members: Members,
+        stride: int,
+        kernel: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _attend_backward(grad, q, k, v, out, total, members, stride)
+        return _attend_backward(grad, q, k, v, out, total, members, stride, kernel)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -171,12 +213,12 @@ def _no_rule(what: str) -> NotImplementedError:
     return NotImplementedError(f"ring attention has no {what}; parallel.attention 'all_gather' and 'ulysses' have")
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, members: Members, stride: int) -> tuple[Tensor, Tensor]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, members: Members, stride: int, kernel: str) -> tuple[Tensor, Tensor]:
     """Passes keys and values round, joining the softmax of what was seen with that of the block at hand."""
     kv, out, total = torch.stack((k, v)), None, None
     for left in reversed(range(members.size // stride)):
         coming = collectives.start_permute(kv, stride, members) if left else None
-        block, block_total = attention.block(q, *kv.unbind(0))
+        block, block_total = kernels.block(q, *kv.unbind(0), kernel)
         block = block.to(at_least_float32(q.dtype))
         if out is None:
             out, total = block, block_total
@@ -189,14 +231,22 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, members: Members, stride: int) -> t
 
 
 def _attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, total: Tensor, members: Members, stride: int
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    total: Tensor,
+    members: Members,
+    stride: int,
+    kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Passes keys and values round, and a step behind them what each process adds to their gradients."""
-    wide, grad = at_least_float32(q.dtype), attention.packed(grad)
+    wide, grad = at_least_float32(q.dtype), kernels.packed(grad)
     kv, dq, arriving = torch.stack((k, v)), torch.zeros_like(q, dtype=wide), None
     for left in reversed(range(members.size // stride)):
         coming = collectives.start_permute(kv, stride, members) if left else None
-        block = attention.block_backward(grad, q, *kv.unbind(0), out, total)
+        block = kernels.block_backward(grad, q, *kv.unbind(0), out, total, kernel)
         dq += block[0]
         dkv = torch.stack(block[1:]).to(wide)
         if arriving is not None:

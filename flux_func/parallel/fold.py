@@ -4,9 +4,10 @@ The same numbers as differentiating `ff.loss`, in less memory and time: gradient
 stage kept for its backward pass is freed as soon as that has run. A stage's parameters are gathered when it is their
 turn, forward and again backward, and not held on to in between (`parallel/sharding.py`). `remat="full"` keeps each
 stage's input alone and runs the stage again on the way back (Griewank & Walther 2000; Chen et al. 2016,
-arXiv:1604.06174).
+arXiv:1604.06174); "selective" keeps the results of attention too.
 """
 
+import contextlib
 import functools
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,9 @@ from flux_func.flow import path
 from flux_func.models import flux
 from flux_func.models.layers import Ops, Params
 from flux_func.parallel.sharding import ONE_PROCESS, Reduction, Sharding, Stream
+from flux_func.parallel.timeline import phase
+from flux_func.transforms import selective
+from flux_func.transforms.remat import Policy
 
 Pull = Callable[[Any], tuple]
 Vjp = Callable[..., tuple[Any, Pull]]
@@ -122,14 +126,43 @@ def _recompute(vjp: Vjp) -> Visit:
     """A visit that keeps the stage's input alone, and runs the stage again when pulled."""
 
     def recomputing(fn: Callable, params: Params, *carry: tree.Tree) -> tuple[Any, Callable[[Any, Params], tuple]]:
-        with torch.no_grad():
+        with _value_alone(vjp):
             out = fn(params, *carry)
         return out, lambda cotangent, params: vjp(fn, params, *carry)[1](cotangent)
 
     return recomputing
 
 
-REMAT = {"none": _keep, "full": _recompute}
+def _value_alone(vjp: Vjp) -> contextlib.AbstractContextManager:
+    # By another vjp the step may be differentiated through, the value too.
+    return torch.no_grad() if vjp is autograd_vjp else contextlib.nullcontext()
+
+
+def _select(keep: Policy, vjp: Vjp) -> Visit:
+    """A visit that keeps the stage's input and the results of some operations, and does the rest again when pulled."""
+
+    def selecting(
+        fn: functools.partial, params: Params, *carry: tree.Tree
+    ) -> tuple[Any, Callable[[Any, Params], tuple]]:
+        ops, const = fn.keywords["ops"], fn.keywords["const"]
+        with _value_alone(vjp):
+            out = functools.partial(fn, ops=selective.recording(ops, keep))(params, *carry)
+        again = {"ops": selective.replaying(ops, keep), "const": const | {selective.KEPT: out.pop(selective.KEPT)}}
+        return out, lambda cotangent, params: vjp(functools.partial(fn, **again), params, *carry)[1](cotangent)
+
+    return selecting
+
+
+REMAT = {"none": _keep, "full": _recompute, "selective": functools.partial(_select, frozenset({"attention"}))}
+
+
+def visit(policy: str | Policy, vjp: Vjp) -> Visit:
+    """Returns how a fold visits a stage under a policy of rematerialization; ValueError for one there is not."""
+    if isinstance(policy, frozenset):
+        return _select(policy, vjp)
+    if policy not in REMAT:
+        raise ValueError(f"remat {policy!r} should be one of {', '.join(map(repr, REMAT))}, or of ff.remat.keep")
+    return REMAT[policy](vjp)
 
 
 def grad_and_value(
@@ -137,7 +170,7 @@ def grad_and_value(
     cfg: flux.FluxConfig,
     batch: Mapping[str, Tensor],
     ops: Ops = Ops(),
-    remat: str = "none",
+    remat: str | Policy = "none",
     *,
     denominator: float | None = None,
     into: Params | None = None,
@@ -150,7 +183,8 @@ def grad_and_value(
     Args:
       params, cfg, batch, ops, denominator: as for `ff.loss`. Sharded, params are what this process has of them and
         batch its samples; the denominator is then to be given, times `sharding.repeats`.
-      remat: "none", or "full": each stage is run again in the backward pass.
+      remat: "none"; "full": each stage is run again in the backward pass; "selective": all of it but attention; or
+        `ff.remat.keep(...)`, but what that names: "attention" and patterns of linears (`selective.recording`).
       into: gradients so far, to which these are added in place: accumulation over micro-batches.
       vjp: how a stage is differentiated; torch.func.vjp to differentiate through the step.
       sharding: where the parameters are and where their gradients go; by default, one process.
@@ -163,27 +197,27 @@ def grad_and_value(
     Raises:
       ValueError: a policy that does not exist, or shapes that do not fit.
     """
-    if remat not in REMAT:
-        raise ValueError(f"remat {remat!r} should be one of {', '.join(map(repr, REMAT))}")
+    visiting, pulls = visit(remat, vjp), []
     carry, const = sharding.split(*path.inputs(cfg, batch, denominator))
     chain = units(path.chain(cfg))
     selects = [unit[0].select for unit in chain]
     stream = Stream(sharding, params, [*selects, *reversed(selects)])
-    visit, pulls = REMAT[remat](vjp), []
     for unit in chain:
-        run = functools.partial(run_unit, unit, ops, const)
-        if pulls:
-            carry, pull = visit(run, stream.take(), carry)
-        else:
-            # The batch itself is not differentiated: the first stage is a function of its parameters alone.
-            carry, pull = visit(functools.partial(run, carry=carry), stream.take())
+        run = functools.partial(run_unit, unit, ops=ops, const=const)
+        with phase(unit[0].name):
+            if pulls:
+                carry, pull = visiting(run, stream.take(), carry)
+            else:
+                # The batch itself is not differentiated: the first stage is a function of its parameters alone.
+                carry, pull = visiting(functools.partial(run, carry=carry), stream.take())
         pulls.append((unit[0], pull))
     loss, cotangent = carry["loss"], {"loss": torch.ones_like(carry["loss"])}
     del carry, const, run, pull
     gradients = _Gradients(sharding, into, last)
     while pulls:
         stage, pull = pulls.pop()
-        part, *rest = pull(cotangent, stream.take())
+        with phase(f"{stage.name} backward"):
+            part, *rest = pull(cotangent, stream.take())
         cotangent = rest[0] if rest else None
         del pull
         gradients.add(stage, part)
@@ -241,7 +275,7 @@ def units(stages: Sequence[flux.Stage]) -> list[list[flux.Stage]]:
     return grouped
 
 
-def run_unit(unit: list[flux.Stage], ops: Ops, const: dict, part: Params, carry: dict) -> dict:
+def run_unit(unit: list[flux.Stage], part: Params, carry: dict, *, ops: Ops, const: dict) -> dict:
     """Returns the carry after a unit, of whose stages the first has the parameters `part`."""
     for stage in unit:
         carry = flux.bind(stage, ops)(part if stage.keys else {}, carry, const)

@@ -122,11 +122,11 @@ def _stages(problem: Any, meter: Meter) -> tuple[Cost, dict[Kind, StageCost]]:
     batch = {name: torch.empty(leaf.shape, dtype=leaf.dtype) for name, leaf in problem.batch.items()}
     (carry, const), inputs = meter.cost(lambda: sharding.split(*path.inputs(cfg, batch, 1)))
     ops, vjp = (problem.ops, fold.autograd_vjp) if problem.base is None else _over(problem.base, problem.ops)
-    visit, done = fold.REMAT[problem.remat](vjp), {}
+    visit, done = fold.visit(problem.remat, vjp), {}
     for unit in units(cfg).values():
         # A block gives what the next one takes, so those of a kind that are left out are not missed.
         if kind(unit, sharding.params) not in done:
-            run = functools.partial(fold.run_unit, unit, ops, const)
+            run = functools.partial(fold.run_unit, unit, ops=ops, const=const)
             run, given = (run, [carry]) if done else (functools.partial(run, carry=carry), [])
             whole = _whole(unit[0], sharding)
             before = meter.live

@@ -23,8 +23,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from flux_func.models import attention as kernels
-from flux_func.models import layers
+from flux_func.models import kernels, layers
 from flux_func.models.flux import Stage
 
 Policy = frozenset[str]

@@ -4,62 +4,22 @@ import contextlib
 import functools
 import gc
 import weakref
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from flux_func.models import attention, layers
+from flux_func.models import attention, kernels, layers
+from tests.helpers.tiny_attention import ALL, blocks, draw, draw_qkv, gradient, loss, relative, sdpa
 
-ALL = (0, 1, 2)
-
-
-def draw(*shape, seed=0, dtype=torch.float64):
-    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape)).to(dtype)
-
-
-def draw_qkv(batch, heads, length, keys, size, seed=0, dtype=torch.float64):
-    lengths = (length, keys, keys)
-    return tuple(draw(batch, heads, n, size, seed=(seed, i), dtype=dtype) for i, n in enumerate(lengths))
-
-
-def sdpa(q, k, v):
-    return F.scaled_dot_product_attention(q, k, v).transpose(-3, -2).flatten(-2)
-
-
-@contextlib.contextmanager
-def blocks(rows, scores=1 << 18):
-    """With so few queries and scores at once that there are several blocks."""
-    with mock.patch.multiple(attention, ROWS=rows, SCORES_CPU=scores):
-        yield
-
-
-def relative(found, expected):
-    pairs = zip(tree_leaves(found), tree_leaves(expected), strict=True)
-    return max(((a - b).norm() / (b.norm() + 1e-3)).item() for a, b in pairs)
-
-
-# Transforms of attention at `at` along `t` and `u`, each a triple of q, k and v. The loss is not linear in the output,
-# so that the cotangent moves too.
-
-
-def loss(attend, *qkv):
-    out = attend(*qkv)
-    return (out.sin() * torch.linspace(-1, 2, out.shape[-1], dtype=out.dtype)).sum()
-
-
-def gradient(attend):
-    return grad(functools.partial(loss, attend), ALL)
+# Transforms of attention at `at` along `t` and `u`, each a triple of q, k and v.
 
 
 def slope(attend, t):
@@ -129,7 +89,7 @@ def test_every_transform_is_that_of_the_math(form, length, keys):
 
 @pytest.mark.parametrize("form", ["grad", "jvp", "jvp(grad)", "grad(grad)", "grad(jvp)", "jvp(jvp)"])
 def test_more_tokens_than_a_block_has(form):
-    at, t, u = (draw_qkv(1, 2, attention.ROWS * 2 + 5, attention.ROWS + 1, 8, seed=i) for i in ALL)
+    at, t, u = (draw_qkv(1, 2, kernels.ROWS * 2 + 5, kernels.ROWS + 1, 8, seed=i) for i in ALL)
     assert_is_the_math(form, at, t, u)
 
 
@@ -294,46 +254,6 @@ def test_torch_counts_the_operations():
         assert counter.get_total_flops() == products * product, form
 
 
-def test_products_serve_where_there_is_no_kernel():
-    # Told to do without kernels, as on a device that has none.
-    at = draw_qkv(2, 3, 11, 7, 6)
-    expected = sdpa(*at), gradient(sdpa)(*at)
-    for rows, scores in ((128, 1 << 18), (3, 20)):
-        with blocks(rows, scores), sdpa_kernel(SDPBackend.MATH):
-            assert attention._kernel(*at[:2]) == "products"
-            assert relative((attention.attention(*at), gradient(attention.attention)(*at)), expected) <= 1e-14
-
-
-@pytest.mark.parametrize("kernel", ["cpu", "products"])
-def test_parts_of_the_keys_add_up_to_all(kernel):
-    q, k, v = draw_qkv(2, 3, 9, 12, 4)
-    cotangent = draw(2, 3, 9, 4, seed=5)
-    with mock.patch.object(attention, "_kernel", lambda q, k: kernel), blocks(rows=2):
-        out, total = attention.block(q, k, v)
-        whole = attention.block_backward(cotangent, q, k, v, out, total)
-        parts = [(a.contiguous(), b.contiguous()) for a, b in zip(k.split(5, 2), v.split(5, 2), strict=True)]
-        outs, totals = zip(*(attention.block(q, *part) for part in parts), strict=True)
-        dq, dk, dv = zip(*(attention.block_backward(cotangent, q, *part, out, total) for part in parts), strict=True)
-    weights = torch.stack(totals).softmax(0)[..., None]
-    torch.testing.assert_close(torch.stack(totals).logsumexp(0), total, rtol=1e-13, atol=0)
-    torch.testing.assert_close((torch.stack(outs) * weights).sum(0), out, rtol=1e-12, atol=1e-14)
-    assert relative((sum(dq), torch.cat(dk, 2), torch.cat(dv, 2)), whole) <= 1e-14
-
-
-@pytest.mark.parametrize(
-    ("kernel", "dtype"), [("flash", torch.bfloat16), ("cudnn", torch.bfloat16), ("efficient", torch.float32)]
-)
-def test_cuda_kernels_are_called_as_torch_declares_them(kernel, dtype):
-    with FakeTensorMode(), mock.patch.object(attention, "_kernel", lambda q, k: kernel):
-        q = torch.empty(2, 8, 48, 128, dtype=dtype, device="cuda")
-        k = torch.empty(2, 8, 80, 128, dtype=dtype, device="cuda")
-        out, total = attention.block(q, k, k)
-        grads = attention.block_backward(torch.empty_like(out), q, k, k, out, total)
-    assert total.shape == (2, 8, 48) and total.dtype == torch.float32
-    for x, like in zip((out, *grads), (q, q, k, k), strict=True):
-        assert (x.shape, x.dtype, x.device) == (like.shape, dtype, like.device)
-
-
 def test_compiled_it_is_sdpa():
     qkv = [x.requires_grad_() for x in draw_qkv(1, 2, 6, 6, 4)]
     compiled = torch.compile(attention.attention, backend="aot_eager", fullgraph=True)(*qkv)
@@ -360,3 +280,25 @@ def test_shapes_that_do_not_go_together_are_said(part, what):
 
 def test_it_is_the_layers_attention():
     assert layers.attention is attention.attention is layers.Ops().attention
+
+
+@pytest.mark.parametrize("kernel", ["flash", "math"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_kernel_by_name_gives_the_same(kernel, compiled):
+    qkv = [x.requires_grad_() for x in draw_qkv(2, 2, 6, 5, 4)]
+    attend = functools.partial(attention.attention, kernel=kernel)
+    if compiled:
+        attend = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    cotangent = draw(2, 6, 8, seed=7)
+    found = attend(*qkv)
+    assert relative(found, sdpa(*qkv)) <= 1e-14
+    grads, expected = (torch.autograd.grad(out, qkv, cotangent) for out in (found, sdpa(*qkv)))
+    assert relative(grads, expected) <= 1e-14
+
+
+def test_what_is_compiled_with_a_kernel_of_its_own_has_no_second_derivative():
+    q, k, v = (x.requires_grad_() for x in draw_qkv(1, 2, 6, 5, 4))
+    attend = torch.compile(functools.partial(attention.attention, kernel="flash"), backend="aot_eager")
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        [grad] = torch.autograd.grad(attend(q, k, v).square().sum(), q, create_graph=True)
+        torch.autograd.grad(grad.sum(), q)

@@ -12,6 +12,7 @@ from flux_func.models import flux
 from flux_func.models.layers import Ops
 from flux_func.parallel import fold
 from flux_func.transforms import precision
+from flux_func.transforms.remat import keep
 
 TINY = flux.flavor("flux-tiny")
 
@@ -45,7 +46,7 @@ def by_autograd(params, batch):
     return tree.map(lambda leaf: next(grads), leaves), loss.detach()
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", [*fold.REMAT, keep("*_attn.qkv", "*.linear1"), keep("attention", "*")])
 @pytest.mark.parametrize("vjp", [fold.autograd_vjp, torch.func.vjp])
 def test_fold_is_grad_and_value(remat, vjp):
     params, batch = flux.init(TINY, scheme="nonzero"), draw_batch()
@@ -69,10 +70,11 @@ def test_every_block_has_its_own_gradient():
     assert_same(twice, tree.map(lambda leaf: 2 * leaf, expected), 2e-6)
 
 
-def test_remat_gives_the_same_bits():
+@pytest.mark.parametrize("remat", ["full", "selective"])
+def test_remat_gives_the_same_bits(remat):
     params, batch = flux.init(TINY, scheme="nonzero"), draw_batch()
     plain, loss = fold.grad_and_value(params, TINY, batch)
-    again, same = fold.grad_and_value(params, TINY, batch, remat="full")
+    again, same = fold.grad_and_value(params, TINY, batch, remat=remat)
     assert torch.equal(loss, same)
     assert all(torch.equal(a, b) for a, b in zip(tree.leaves(plain), tree.leaves(again), strict=True))
 
@@ -89,7 +91,7 @@ def test_per_sample_gradients_average_to_the_batchs():
     assert_same(tree.map(lambda leaf: leaf.mean(0), each), expected, 2e-6)
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", fold.REMAT)
 def test_accumulated_micro_batches_are_the_whole_batch(remat):
     params, batch, grads, total = flux.init(TINY, scheme="nonzero"), draw_batch(batch=4), None, 0
     for start in (0, 2):
