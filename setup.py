@@ -50,7 +50,7 @@ EXTRAS = {
         "tokenizers>=0.23",
     ],
     "parity": REFERENCES,
-    "bench": [*REFERENCES, "psutil>=7.0"],
+    "bench": REFERENCES,
     "hub": DATASETS,
     "quant": ["torchao>=0.18"],
     "wandb": ["wandb>=0.31"],
@@ -77,6 +77,7 @@ setuptools.setup(
             "sample_main=flux_func.sample_main:run",
             "parity_main=flux_func.parity_main:run",
             "plan_main=flux_func.plan_main:run",
+            "bench_main=flux_func.bench_main:run",
         ]
     },
 )

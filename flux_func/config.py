@@ -93,7 +93,11 @@ def default() -> ml_collections.ConfigDict:
         activations=(("rope", {"context": 2}), ("*", {"context": 1})),
         text_encoder=(("*", {"shard": 0, "context": 0}),),  # T5's weights
     )
-    config.remat = dict(policy="none")  # "full": keep each stage's input alone, compute it again in the backward pass
+    config.remat = dict(
+        policy="none",  # "full": keep each stage's input alone, and compute it again in the backward pass; "selective"
+        keep=("attention",),  # selective: results kept too, such as "double_blocks.*_mlp.0" or "single_blocks.linear2"
+    )
+    config.kernels = dict(attention="")  # "flash", "flash3", "cudnn", "efficient" or "math"; "": the one torch takes
     config.compile = dict(
         enabled=False,  # compile each kind of stage in the training step: the first steps take minutes, the others less
         backend="inductor",  # of torch.compile: "inductor", or "aot_eager" to try out what compiles
@@ -141,6 +145,7 @@ def default() -> ml_collections.ConfigDict:
         tensorboard=True,  # event files in the workdir
         wandb="",  # project of Weights & Biases; "": not used
     )
+    config.profile = dict(steps=0)  # steps to trace, from the third of the program on, and to tell the time of; 0: none
     return config.lock()
 
 
@@ -156,7 +161,8 @@ CHOICES = {
     "data.crop": ("random", "center"),
     "train.timesteps": ("uniform", "logit_normal", "mode", "stratified"),
     "optimizer.schedule": ("constant", "cosine", "linear"),
-    "remat.policy": ("none", "full"),
+    "remat.policy": ("none", "full", "selective"),
+    "kernels.attention": ("", "flash", "flash3", "cudnn", "efficient", "math"),
     "compile.backend": ("inductor", "aot_eager"),
     "compile.mode": ("", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     "numerics.param": ("float32", "bfloat16"),
@@ -193,6 +199,7 @@ NOT_NEGATIVE = (
     "checkpoint.keep_every",
     "log.every",
     "metrics.peak_tflops",
+    "profile.steps",
     "lora.rank",
     "lora.alpha",
 )
@@ -220,8 +227,10 @@ RESUME_MAY_DIFFER = (
     "sample.*",
     "validate.*",
     "metrics.*",
+    "profile.*",
     "parallel.*",
     "remat.*",
+    "kernels.*",
     "compile.*",
     "*.every",
 )
@@ -273,6 +282,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _check(fields, "autoencoder.path", fields["autoencoder.path"] or not weightless, remedy)
     _check_text(fields)
     _check_lora(fields)
+    _check_remat(fields)
     ulysses = fields["parallel.ulysses"]
     used = ulysses == -1 or fields["parallel.attention"] == "ulysses"
     _check(fields, "parallel.ulysses", used, "is read only where parallel.attention is 'ulysses'")
@@ -311,6 +321,17 @@ def _check_lora(fields: Mapping[str, Any]) -> None:
     _check(fields, "lora.patterns", texts, "should be patterns of linears, such as 'double_blocks.*'")
     remedy = f"is not read where lora.rank is {rank}: a LoRA's moments are where parallel.lora has it"
     _check(fields, "parallel.moments", not (rank and fields["parallel.moments"]), remedy)
+
+
+def _check_remat(fields: Mapping[str, Any]) -> None:
+    keep, policy, rank = fields["remat.keep"], fields["remat.policy"], fields["lora.rank"]
+    texts = keep and all(isinstance(pattern, str) for pattern in keep)
+    remedy = "should be 'attention', and patterns of linears such as 'single_blocks.linear2'; or remat.policy 'full'"
+    _check(fields, "remat.keep", texts, remedy)
+    usual = list(keep) == ["attention"]
+    _check(fields, "remat.keep", usual or policy == "selective", "is read only where remat.policy is 'selective'")
+    remedy = f"of linears nothing is kept where lora.rank is {rank}; leave it at ('attention',)"
+    _check(fields, "remat.keep", usual or not rank, remedy)
 
 
 def _fields(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -130,6 +130,7 @@ def complete(config: ml_collections.ConfigDict) -> Iterator[ml_collections.Confi
         if config.lora.rank and not config.model.weights:
             config.model.init = "nonzero"  # whatever the weights under a LoRA are
         config.compile.update(enabled=False, mode="")  # counted eager: compiled, nothing more is kept or sent
+        config.kernels.attention = ""  # nor by another kernel
         if config.data.source != "digits":
             config.data.path = config.data.path or "not given"
         yield config
@@ -206,7 +207,7 @@ def pose(asked: Asked, over: mesh.Mesh, device: torch.device) -> predict.Problem
         state=tree.map(lambda _: next(each), shapes),
         batch=batch(config, cfg, count),
         ops=layout.ops(config, cfg, split),
-        remat=config.remat.policy,
+        remat=layout.remat(config),
         accumulate=config.train.accumulate,
         update=update,
         offload=config.parallel.offload,

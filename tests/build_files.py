@@ -36,7 +36,8 @@ BARE = ("configs", "docs", "docs.gallery", "flux_func.parity.references")
 # Files that a source names by path.
 CONFIGS = ("flux_func/train_main.py", "tests/helpers/tiny_run.py", "tests/test_cli.py", "tests/test_config.py")
 DATA = dict.fromkeys(CONFIGS, ["//configs"])
-DATA["flux_func/parity/process.py"] = ["//flux_func/parity/references", "//flux_func/parity/references:answer"]
+REFERENCES = ("flux_func/bench/serve.py", "flux_func/parity/process.py")
+DATA |= dict.fromkeys(REFERENCES, ["//flux_func/parity/references", "//flux_func/parity/references:answer"])
 # Tests that read the checkout itself, which Bazel's sandbox does not hold: for pytest alone.
 READ_THE_CHECKOUT = (
     "tests/distributed/test_launch_files.py",
@@ -66,7 +67,8 @@ LAYERS = {
     "cli": {"config", "errors", "launch"},
     "api": TRAIN - {"config", "data"},
     "parity": SETTINGS | PARALLEL | {"interop", "parity"},
-    "main": TRAIN | {"api", "cli", "parity", "plan"},
+    "bench": TRAIN | {"parity", "bench"},
+    "main": TRAIN | {"api", "cli", "bench", "parity", "plan"},
 }
 
 

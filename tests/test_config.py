@@ -56,7 +56,8 @@ def test_flux_dev_and_schnell_have_torchtitans_hyperparameters():
         ("train.accumulate", 3, "should divide train.batch_size, which is 2"),
         ("optimizer.lr", -1e-4, "not be negative"),
         ("optimizer.lr", float("nan"), "not be negative"),
-        ("remat.policy", "half", "'none', 'full'"),
+        ("remat.policy", "half", "'none', 'full', 'selective'"),
+        ("kernels.attention", "cudn", "did you mean 'cudnn'?"),
         ("numerics.compute", "float8", "'float32', 'bfloat16'"),
         ("text.max_length", 0, "at least 1"),
         ("ema.decay", 1.2, "in [0, 1]"),
@@ -102,6 +103,8 @@ def test_a_path_that_is_needed_is_asked_for(fields, named):
             {"text.kind": "hf", "text.path": "p", "text.t5": "t5", "text.clip": "clip"},
             "text.path is 'p': is not read where both of text.t5 and text.clip are set",
         ),
+        ({"remat.keep": ("*.linear1",)}, "remat.keep is ['*.linear1']: is read only where remat.policy is 'selective'"),
+        ({"remat.policy": "selective", "remat.keep": ()}, "remat.keep is []: should be 'attention', and patterns of"),
     ],
 )
 def test_a_field_that_would_be_ignored_is_named(fields, said):
@@ -168,6 +171,8 @@ def saved():
         ("sample.prompts", ("a",)),
         ("metrics.peak_tflops", 989.0),
         ("remat.policy", "full"),
+        ("kernels.attention", "cudnn"),
+        ("remat.keep", ("*.linear1",)),
     ],
 )
 def test_what_may_differ_on_resume(field, value):

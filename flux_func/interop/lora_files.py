@@ -13,6 +13,7 @@ After huggingface/diffusers, `loaders/lora_conversion_utils.py` and `utils/peft_
 """
 
 import json
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from absl import logging
 from torch import Tensor
 
 from flux_func import tree
@@ -153,7 +153,9 @@ def read_all(path: str | Path) -> tuple[dict[str, LowRank], dict[str, Tensor]]:
     names = [name for name in stored.shapes if not _OF_TEXT.match(name)]
     _check_kind(file, names)
     if left_out := len(stored.shapes) - len(names):
-        logging.warning("%s: left out: what it changes in text encoders (%d tensors)", file, left_out)
+        logging.getLogger(__name__).warning(
+            "%s: left out: what it changes in text encoders (%d tensors)", file, left_out
+        )
     found: dict[str, dict[str, Tensor]] = {}
     scales: dict[str, Tensor] = {}
     for name in names:

@@ -1,6 +1,7 @@
 """Weights at rest: what they are, and how to read them a few rows at a time."""
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,7 +9,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from absl import logging
 from torch import Tensor
 
 from flux_func import tree
@@ -120,4 +120,4 @@ def _name(dtype: torch.dtype) -> str:
 def warn_of_left_out(weights: Stored) -> None:
     """Logs what lies beside the weights and is not read, where there is any."""
     if weights.left_out:
-        logging.warning("%s: left out: %s", weights.path, ", ".join(weights.left_out))
+        logging.getLogger(__name__).warning("%s: left out: %s", weights.path, ", ".join(weights.left_out))

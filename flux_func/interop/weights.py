@@ -1,6 +1,7 @@
 """Weights in and out: `ff.load` and `ff.save`, and the streaming core that saving and converting share."""
 
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from absl import logging
 from torch import Tensor
 
 from flux_func import tree
@@ -190,7 +190,7 @@ def _warn_of_eps(path: Path, cfg: Config, format: str) -> None:
     eps = formats.qk_norm_eps(format)
     # Our own checkpoints say it, and nobody else reads them.
     if isinstance(cfg, FluxConfig) and format != "orbax" and cfg.qk_norm_eps != eps:
-        logging.warning(
+        logging.getLogger(__name__).warning(
             "%s: this model has qk_norm_eps %g; readers of format %s use %g", path, cfg.qk_norm_eps, format, eps
         )
 

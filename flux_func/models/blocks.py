@@ -75,7 +75,8 @@ def single_block(params: Params, carry: dict, const: dict, ops: Ops, heads: int,
     x, vec = carry["stream"], carry["vec"]
     shift, scale, gate = layers.modulation(params["modulation"]["lin"], vec, 3, ops, "single_blocks.modulation.lin")
     wide = ops.linear(params["linear1"], layers.modulate(x, shift, scale), "single_blocks.linear1")
-    qkv, hidden = wide.tensor_split([3 * x.shape[-1]], dim=-1)
+    # Not tensor_split, whose backward fills twice the whole with zeros.
+    qkv, hidden = wide.split([3 * x.shape[-1], wide.shape[-1] - 3 * x.shape[-1]], dim=-1)
     q, k, v = layers.split_heads(qkv, heads)
     q, k = layers.qk_norm(params["norm"], q, k, eps)
     mixed = ops.attention(layers.apply_rope(q, const["rope"]), layers.apply_rope(k, const["rope"]), v)

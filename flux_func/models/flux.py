@@ -6,6 +6,7 @@ A stage is `(params, carry, const) -> carry` (see `blocks.py`); the model is the
 
 import functools
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -142,6 +143,13 @@ def declare(cfg: FluxConfig) -> Params:
 def abstract(cfg: FluxConfig, dtype: torch.dtype = torch.float32) -> Params:
     """Returns the parameter tree on the meta device: shapes and types without memory."""
     return tree.map(lambda leaf: torch.empty(leaf.shape, dtype=dtype, device="meta"), declare(cfg))
+
+
+def linears(cfg: FluxConfig) -> list[str]:
+    """Returns the paths of the linears as `Ops.linear` is told them, without a block's index: one for all of a kind."""
+    weights = [path for path, leaf in tree.flatten(abstract(cfg)).items() if leaf.ndim == 2]
+    kinds = [re.sub(r"^(double|single)_blocks\.\d+", r"\1_blocks", path.removesuffix(".weight")) for path in weights]
+    return list(dict.fromkeys(kinds))
 
 
 def init(

@@ -89,7 +89,8 @@ def _kernel(q: Tensor, k: Tensor, asked: str) -> str:
     if asked:
         known = _BY_NAME.get(q.device.type, {})
         if asked not in known:
-            raise ValueError(f"kernel {asked!r}: should be one of {', '.join(map(repr, known))} on a {q.device.type}")
+            have = ", ".join(map(repr, known))
+            raise ValueError(f"kernel {asked!r} is none of a {q.device.type}'s, which are {have}")
         return known[asked]
     # Dynamo cannot look up what is enabled.
     compiling = torch.compiler.is_compiling()
@@ -107,7 +108,14 @@ def _kernel(q: Tensor, k: Tensor, asked: str) -> str:
 # What each device has, by the names that users know.
 _BY_NAME = {
     "cpu": {"flash": "cpu", "math": "products"},
-    "cuda": {"flash": "flash", "efficient": "efficient", "cudnn": "cudnn", "math": "products"},
+    # Flash 3, where it has been activated, torch puts in the place of Flash 2.
+    "cuda": {
+        "flash": "flash",
+        "flash3": "flash",
+        "efficient": "efficient",
+        "cudnn": "cudnn",
+        "math": "products",
+    },
 }
 KERNELS = tuple(_BY_NAME["cuda"])
 _CUDA = {

@@ -15,10 +15,10 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from flux_func import tree
 from flux_func.errors import UserError
@@ -70,8 +70,10 @@ class Placement:
         """Returns the bytes of what each process has of the leaf."""
         return math.prod(self.local_shape(mesh)) * self.dtype.itemsize
 
-    def torch(self) -> list[Shard | Replicate]:
+    def torch(self) -> list[Any]:
         """Returns it as DTensor says it: a placement for each axis of the mesh."""
+        from torch.distributed.tensor import Replicate, Shard  # takes a second to import, and is for many processes
+
         return [Shard(self.dim) if axis in self.axes else Replicate() for axis in AXES]
 
 
@@ -193,7 +195,7 @@ def _bytes(placement: Placement) -> int:
 
 def local(leaf: Tensor) -> Tensor:
     """Returns what this process has of a leaf: the tensor itself where it is no DTensor. It shares the memory."""
-    return leaf.to_local() if isinstance(leaf, DTensor) else leaf
+    return leaf.to_local() if hasattr(leaf, "to_local") else leaf
 
 
 @torch.no_grad()
@@ -209,6 +211,8 @@ def distribute(shard: Tensor, placement: Placement, mesh: Mesh) -> Tensor:
     """
     if mesh.devices is None or not placement.shape:
         return shard
+    from torch.distributed.tensor import DTensor
+
     strides = torch.empty(placement.shape, device="meta").stride()
     return DTensor.from_local(
         shard, mesh.devices, placement.torch(), run_check=False, shape=torch.Size(placement.shape), stride=strides

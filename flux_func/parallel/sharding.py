@@ -6,6 +6,7 @@ gradients are added up by one flat reduce-scatter while the next stage's are com
 processes, the placements say; in one process nothing is sent, and what is left is the change of type.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from flux_func.models.layers import Ops, Params
 from flux_func.parallel import collectives, placements
 from flux_func.parallel.mesh import AXES, ONE, Mesh
 from flux_func.parallel.placements import Placement, local
+from flux_func.parallel.timeline import phase
 
 # What a batch of `ff.loss` holds, and the sequence's dimension of what `path.inputs` makes of it.
 BATCH = ("latents", "noise", "timesteps", "txt", "y", "guidance")
@@ -75,19 +77,21 @@ class Sharding:
         places = (
             [Placement((), torch.float32)] * len(leaves) if self.params is None else tree.leaves(select(self.params))
         )
-        flying = [
-            (members, collectives.start_all_gather(_flat([leaves[i] for i in members]), self.mesh.group(axes)))
-            for axes, members in _by_axes(places).items()
-            if axes
-        ]
+        with self._phase("gather"):
+            flying = [
+                (members, collectives.start_all_gather(_flat([leaves[i] for i in members]), self.mesh.group(axes)))
+                for axes, members in _by_axes(places).items()
+                if axes
+            ]
 
         def finish() -> Params:
-            while flying:
-                members, gathered = flying.pop()
-                rows = collectives.wait(gathered).view(self.mesh.size(places[members[0]].axes), -1)
-                pieces = rows.split([leaves[i].numel() for i in members], dim=1)
-                for i, piece in zip(members, pieces, strict=True):
-                    leaves[i] = _assemble(piece, leaves[i].shape, places[i])
+            with self._phase("gather"):
+                while flying:
+                    members, gathered = flying.pop()
+                    rows = collectives.wait(gathered).view(self.mesh.size(places[members[0]].axes), -1)
+                    pieces = rows.split([leaves[i].numel() for i in members], dim=1)
+                    for i, piece in zip(members, pieces, strict=True):
+                        leaves[i] = _assemble(piece, leaves[i].shape, places[i])
             return _like(part, leaves)
 
         return finish
@@ -104,21 +108,24 @@ class Sharding:
             return tree.map(self._to_home, grads, select(self.grads))
         places, found = tree.leaves(select(self.grads)), tree.leaves(grads)
         groups = _by_axes(places)
-        flats = [
-            torch.cat([_pieces(found[i], places[i], self.mesh) for i in members], dim=1).view(-1)
-            for members in groups.values()
-        ]
-        del found, grads
-        flats = [self._start_scatter(flat, axes) for flat, axes in zip(flats, groups, strict=True)]
+        with self._phase("reduce"):
+            flats = [
+                torch.cat([_pieces(found[i], places[i], self.mesh) for i in members], dim=1).view(-1)
+                for members in groups.values()
+            ]
+            del found, grads
+            flats = [self._start_scatter(flat, axes) for flat, axes in zip(flats, groups, strict=True)]
         yield
-        flats = [self._start_sum(flat, axes) for flat, axes in zip(flats, groups, strict=True)]
+        with self._phase("reduce"):
+            flats = [self._start_sum(flat, axes) for flat, axes in zip(flats, groups, strict=True)]
         yield
         parts: dict[int, Tensor] = {}
-        for flat, axes, members in zip(flats, groups, groups.values(), strict=True):
-            flat = collectives.wait(flat) if self._others(axes) is not None else flat
-            shapes = [places[i].local_shape(self.mesh) for i in members]
-            for i, piece, shape in zip(members, flat.split([math.prod(s) for s in shapes]), shapes, strict=True):
-                parts[i] = self._to_home(piece.view(shape), places[i])
+        with self._phase("reduce"):
+            for flat, axes, members in zip(flats, groups, groups.values(), strict=True):
+                flat = collectives.wait(flat) if self._others(axes) is not None else flat
+                shapes = [places[i].local_shape(self.mesh) for i in members]
+                for i, piece, shape in zip(members, flat.split([math.prod(s) for s in shapes]), shapes, strict=True):
+                    parts[i] = self._to_home(piece.view(shape), places[i])
         return _like(select(self.grads), [parts[i] for i in range(len(places))])
 
     def owned(self, params: Params) -> Params:
@@ -177,6 +184,10 @@ class Sharding:
         flat = flat if self.mesh.group(axes) is None else collectives.wait(flat)
         group = self._others(axes)
         return flat if group is None else collectives.start_all_reduce(flat, group)
+
+    def _phase(self, name: str) -> contextlib.AbstractContextManager:
+        # One process neither gathers nor reduces.
+        return phase(name) if self.mesh.size() > 1 else contextlib.nullcontext()
 
     def _others(self, axes: tuple[str, ...]) -> collectives.Group:
         return self.mesh.group([axis for axis in AXES if axis not in axes])

@@ -39,7 +39,7 @@ def ask(problem: Problem, folder: Path) -> None:
         "device": problem.device,
         "seed": problem.seed,
         "text": problem.text_path,
-        "transformer": _transformer_config(problem.reference, problem.cfg),
+        "transformer": transformer_config(problem.reference, problem.cfg),
         "autoencoder": _autoencoder_config(problem.reference, problem.autoencoder_cfg),
         "sampler": {
             "steps": problem.steps,
@@ -51,13 +51,13 @@ def ask(problem: Problem, folder: Path) -> None:
     }
     if "transformer" in problem.parts:
         _write(folder / "transformer.inputs.safetensors", problems.transformer_inputs(problem))
-        _write_weights(folder / "transformer.safetensors", layout(problem), problem.params)
+        write_weights(folder / "transformer.safetensors", layout(problem), problem.params)
     if "sampler" in problem.parts:
         _write(folder / "sampler.inputs.safetensors", problems.sampler_inputs(problem))
     if "autoencoder" in problem.parts:
         _write(folder / "autoencoder.inputs.safetensors", problems.autoencoder_inputs(problem))
         theirs = formats.layout(problem.autoencoder_cfg, problem.reference)
-        _write_weights(folder / "autoencoder.safetensors", theirs, problem.autoencoder_params)
+        write_weights(folder / "autoencoder.safetensors", theirs, problem.autoencoder_params)
     if "text" in problem.parts:
         if not problem.text_path:
             request["text"] = str(folder / "text")
@@ -100,7 +100,8 @@ def layout(problem: Problem) -> Layout:
     return formats.layout(problem.cfg, problem.reference)
 
 
-def _transformer_config(reference: str, cfg: FluxConfig) -> dict[str, Any]:
+def transformer_config(reference: str, cfg: FluxConfig) -> dict[str, Any]:
+    """Returns a transformer's configuration as a reference takes it."""
     return diffusers.transformer_json(cfg) if reference == "diffusers" else dataclasses.asdict(cfg)
 
 
@@ -112,7 +113,8 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     save_file({name: value.contiguous() for name, value in tensors.items()}, path)
 
 
-def _write_weights(path: Path, layout: Layout, params: Params) -> None:
+def write_weights(path: Path, layout: Layout, params: Params) -> None:
+    """Writes weights under the names of a layout."""
     flat = tree.flatten(params)
     dtypes = layout.tensor_types({name: leaf.dtype for name, leaf in flat.items()})
     safetensors_io.write(

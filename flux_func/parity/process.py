@@ -25,14 +25,17 @@ INSTALL = {
 }
 # What each imports, torchtitan on a machine without a GPU too.
 _MODULES = {"bfl": ("fluxbfl",), "diffusers": ("diffusers",), "torchtitan": ("torchtitan", "triton")}
+# Warnings and bars of what a reference imports are no part of what is said.
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
+QUIET |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONUNBUFFERED": "1"}
 _FIND = """
 import importlib.util as util, sys
 print("lacks", next((name for name in sys.argv[1:] if util.find_spec(name) is None), ""))
 """
 
 
-def check(reference: str, python: str) -> None:
-    """Raises UserError where a python cannot be run, or has not the reference and what it is asked by."""
+def check(reference: str, python: str, flag: str = "--reference is") -> None:
+    """Raises UserError, of what `flag` asked for, where a python cannot be run or has not what the reference needs."""
     wanted, quiet = (*_MODULES[reference], "torch", "safetensors"), dict(stdin=subprocess.DEVNULL, capture_output=True)
     try:
         found = subprocess.run([python, "-c", _FIND, *wanted], **quiet, text=True, cwd=PROGRAM.parent)
@@ -40,9 +43,9 @@ def check(reference: str, python: str) -> None:
         raise UserError(f"--reference_python is {python!r}: cannot be run ({error.strerror})") from error
     answered, _, lacking = found.stdout.strip().partition("lacks")
     if found.returncode or answered or not found.stdout:
-        raise UserError(f"--reference_python is {python!r}: {_last(found.stderr)}; should be a python")
+        raise UserError(f"--reference_python is {python!r}: {last(found.stderr)}; should be a python")
     if lacking := lacking.strip():
-        raise UserError(_missing(reference, python, lacking))
+        raise UserError(_missing(flag, reference, python, lacking))
 
 
 def answer(reference: str, python: str, folder: Path, say: Callable[[str], object]) -> None:
@@ -51,9 +54,6 @@ def answer(reference: str, python: str, folder: Path, say: Callable[[str], objec
     Raises:
       UserError: there is no such python, the reference is not installed there, or its process died, with its last line.
     """
-    # Warnings and bars of what it imports are no part of what is said; what ends it is on the last line of stderr.
-    quiet = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
-    quiet |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONUNBUFFERED": "1"}
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
             [python, str(PROGRAM), reference, str(folder)],
@@ -61,7 +61,7 @@ def answer(reference: str, python: str, folder: Path, say: Callable[[str], objec
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            env={**os.environ, **quiet},
+            env={**os.environ, **QUIET},
             cwd=folder,
         )
         try:
@@ -73,17 +73,11 @@ def answer(reference: str, python: str, folder: Path, say: Callable[[str], objec
             process.wait()
             process.stdout.close()
         errors.seek(0)
-        last = _last(errors.read())
+        line = last(errors.read())
     if code == _MISSING:
-        raise UserError(_missing(reference, python, last))
+        raise UserError(_missing("--reference is", reference, python, line))
     if code:
-        killed = signal.Signals(-code).name if code < 0 else ""
-        how = (
-            f"was ended by {killed}{' (out of memory?)' if killed == 'SIGKILL' else ''}"
-            if killed
-            else f"ended with {code}"
-        )
-        raise UserError(f"--reference is {reference!r}: its process {how}: {last}")
+        raise UserError(f"--reference is {reference!r}: its process {how(code)}: {line}")
 
 
 def answer_here(reference: str, folder: Path, say: Callable[[str], object] = print) -> None:
@@ -93,9 +87,18 @@ def answer_here(reference: str, folder: Path, say: Callable[[str], object] = pri
     importlib.import_module("answer").answer(reference, folder, say)
 
 
-def _missing(reference: str, python: str, module: str) -> str:
-    return f"--reference is {reference!r}: {python} has no module {module!r}; {INSTALL[reference]}"
+def _missing(flag: str, reference: str, python: str, module: str) -> str:
+    return f"{flag} {reference!r}: {python} has no module {module!r}; {INSTALL[reference]}"
 
 
-def _last(errors: str) -> str:
+def how(code: int) -> str:
+    """Returns in words how a process ended."""
+    if code >= 0:
+        return f"ended with {code}"
+    name = signal.Signals(-code).name
+    return f"was ended by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}"
+
+
+def last(errors: str) -> str:
+    """Returns the last line of what a process wrote to stderr, where what ended it is."""
     return next((line.strip() for line in reversed(errors.splitlines()) if line.strip()), "it said nothing")

@@ -19,6 +19,7 @@ from flux_func.parallel import placements, sharding
 from flux_func.parallel.mesh import ONE, Mesh
 from flux_func.parallel.sharding import Sharding
 from flux_func.train.state import DTYPES, find_weights
+from flux_func.train.transfer import to_device
 
 Tokens = Mapping[str, np.ndarray]
 LATENT_CHANNELS = 16
@@ -32,8 +33,8 @@ class Encoders:
     Attributes:
       tokenize: captions to {"t5": int64 [B, L], "clip": int64 [B, K]}; picklable, for data workers.
       encode_text: those tokens to (txt [B, L, 4096], y [B, 768]).
-      encode_image: (images [B, 3, H, W] in [-1, 1], standard normal noise like the latents or None) to
-        latents [B, 16, H/8, W/8].
+      encode_image: (images [B, 3, H, W] in [-1, 1], standard normal noise like the latents or None), both on the
+        host, to latents [B, 16, H/8, W/8] on the device.
       decode: latents to images.
       posterior_noise: whether `encode_image` is to be given noise in training.
     """
@@ -67,15 +68,20 @@ def build(config: ml_collections.ConfigDict, cfg: FluxConfig, device: torch.devi
         raise UserError(str(error)) from error
     wrap_stage = _gathering(split, text_cfg, text_params)
 
+    # What has no weights is computed on the host, while the device is at the step before.
+    reader, viewer = (device if params else torch.device("cpu") for params in (text_params, image_params))
+
     @torch.no_grad()
     def encode_text(tokens: Tokens) -> tuple[Tensor, Tensor]:
-        txt, y = text.encode(text_params, text_cfg, tokens, wrap_stage=wrap_stage)
-        return txt.to(device), y.to(device)
+        there = {part: to_device(torch.as_tensor(ids), reader) for part, ids in tokens.items()}
+        txt, y = text.encode(text_params, text_cfg, there, wrap_stage=wrap_stage)
+        return to_device(txt, device), to_device(y, device)
 
     @torch.no_grad()
     def encode_image(images: Tensor, noise: Tensor | None) -> Tensor:
-        images = images.to(device, dtype if image_params else images.dtype)
-        return autoencoder.encode(image_params, image_cfg, images, noise).float()
+        images = to_device(images, viewer).to(dtype if image_params else images.dtype)
+        noise = None if noise is None else to_device(noise, viewer)
+        return to_device(autoencoder.encode(image_params, image_cfg, images, noise).float(), device)
 
     @torch.no_grad()
     def decode(latents: Tensor) -> Tensor:
@@ -156,7 +162,7 @@ def ahead(
 
     def encode_text(tokens: Tokens) -> tuple[Tensor, Tensor]:
         txt, y = zip(*(rows[place] for place in tokens["place"]), strict=True)
-        return torch.stack(txt).to(device), torch.stack(y).to(device)
+        return to_device(torch.stack(txt), device), to_device(torch.stack(y), device)
 
     return dataclasses.replace(encoders, tokenize=tokenize, encode_text=encode_text)
 

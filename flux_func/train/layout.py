@@ -1,14 +1,16 @@
 """How a run is laid out over its processes: the sharding that its config comes to, checked, and in words."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import ml_collections
 import torch
 
 from flux_func import tree
+from flux_func.config import one_of
 from flux_func.errors import UserError
-from flux_func.models import flux
+from flux_func.models import flux, kernels, layers
 from flux_func.models.layers import Ops
 from flux_func.parallel import attention, placements, sharding
 from flux_func.parallel.mesh import Mesh
@@ -17,6 +19,7 @@ from flux_func.parallel.sharding import Sharding
 from flux_func.train import optimizer as optimizers
 from flux_func.train.state import DTYPES, trained
 from flux_func.transforms import compiled
+from flux_func.transforms.remat import Policy
 
 
 def build(
@@ -35,6 +38,8 @@ def build(
     made = of_weights(config, cfg, mesh, device)
     if config.lora.rank:
         made = _of_lora(config, cfg, made)
+    _check_kernel(config, cfg, device)
+    _check_remat(config, cfg)
     _check_batch(config, made)
     _check_sequence(config, cfg, made)
     _check_optimizer(config, optimizer, made)
@@ -59,13 +64,20 @@ def _of_lora(config: ml_collections.ConfigDict, cfg: flux.FluxConfig, base: Shar
 
 def ops(config: ml_collections.ConfigDict, cfg: flux.FluxConfig, made: Sharding) -> Ops:
     """Returns how a training step's operations are done: compiled, and with attention over a sequence's processes."""
-    found, p = Ops(), config.parallel
+    found, p, kernel = Ops(), config.parallel, config.kernels.attention
     if made.splits:
-        found = Ops(attention=attention.context_attention(p.attention, made.mesh, cfg.num_heads, p.ulysses))
+        found = Ops(attention=attention.context_attention(p.attention, made.mesh, cfg.num_heads, p.ulysses, kernel))
+    elif kernel:
+        found = Ops(attention=functools.partial(layers.attention, kernel=kernel))
     if config.compile.enabled:
         options = {"mode": config.compile.mode} if config.compile.mode else {}
         found = dataclasses.replace(found, wrap_stage=compiled.stages(backend=config.compile.backend, **options))
     return found
+
+
+def remat(config: ml_collections.ConfigDict) -> str | Policy:
+    """Returns the fold's policy of rematerialization."""
+    return Policy(config.remat.keep) if config.remat.policy == "selective" else config.remat.policy
 
 
 def say(places: Mapping[str, Placement], mesh: Mesh) -> str:
@@ -98,6 +110,27 @@ def _table(found: list[tuple[str, str, str, int]]) -> str:
     rows += [(name, shape, where, f"{size / 1e6:,.3f}") for name, shape, where, size in found]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def _check_kernel(config: ml_collections.ConfigDict, cfg: flux.FluxConfig, device: torch.device) -> None:
+    name = config.kernels.attention
+    if not name or device.type == "meta":  # as where a plan is made, which knows of no kernels
+        return
+    try:
+        if name == "flash3" and device.type == "cuda":
+            torch.nn.attention.activate_flash_attention_impl("FA3")
+        size = cfg.hidden_size // cfg.num_heads
+        kernels.check(name, cfg.num_heads, size, DTYPES[config.numerics.compute], device)
+    except (ImportError, AttributeError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"kernels.attention is {name!r}: {reason}; choose another, or '' for torch's choice") from error
+
+
+def _check_remat(config: ml_collections.ConfigDict, cfg: flux.FluxConfig) -> None:
+    keep, known = tuple(config.remat.keep), flux.linears(cfg)
+    for pattern in keep:
+        if pattern != "attention" and not any(tree.match([pattern], path) for path in known):
+            raise UserError(f"remat.keep is {keep}: {pattern!r} fits no linear: {one_of(pattern, known)}")
 
 
 def _check_batch(config: ml_collections.ConfigDict, made: Sharding) -> None:

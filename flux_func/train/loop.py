@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,20 @@ from flux_func.parallel import mesh as meshes
 from flux_func.parallel import placements
 from flux_func.parallel.mesh import ONE, Mesh
 from flux_func.parallel.sharding import Sharding
-from flux_func.train import adapt, checkpoint, encoders, generate, layout, metrics, optimizer, state, validate
+from flux_func.parallel.timeline import listening
+from flux_func.train import (
+    adapt,
+    checkpoint,
+    encoders,
+    generate,
+    layout,
+    meter,
+    metrics,
+    optimizer,
+    profile,
+    state,
+    validate,
+)
 from flux_func.train import step as steps
 from flux_func.train import workdir as workdirs
 
@@ -116,6 +128,7 @@ def prepare(
             )
     chosen, (cfg, weights) = optimizer.from_config(config), choose_model(config, workdir, resumed)
     sharding = layout.build(config, cfg, chosen, mesh, device)
+    profile.check(config, resumed or 0)
     upcoming = [step for step in range(resumed or 0, config.train.steps) if due(step, config.checkpoint.every)]
     workdirs.check_room(
         workdir,
@@ -182,40 +195,51 @@ def loop(
     Returns:
       The last step taken, and the word of `stop` (of any process) that ended the run before its time, or "".
     """
-    config, meter, step = run.config, Meter(run, writer.last("samples_skipped", 0) if start else 0), start
+    config, step, skipped = run.config, start, writer.last("samples_skipped", 0) if start else 0
+    times = meter.Meter(config, run.cfg, run.sharding, run.device, run.schedule, writer, skipped)
     signal = processes.agreed_stop(stop)
-    while step < config.train.steps and not signal:
-        batch = meter.next(data)
-        say_skipped(batch, f"step {step + 1}", writer)
-        current, out = steps.train_step(
-            current,
-            batch,
-            step,
-            cfg=run.cfg,
-            config=config,
-            encoders=run.encoders,
-            optimizer=run.optimizer,
-            device=run.device,
-            sharding=run.sharding,
-            ops=run.ops,
-            base=run.base,
-        )
-        step += 1
-        last, signal = step == config.train.steps, processes.agreed_stop(stop)
-        if due(step, config.log.every) or last or signal:
-            writer.write(step, meter.read(out, run.schedule(step - 1)))
-        else:
-            writer.advance(step)
-        meter.pause()
-        if due(step, config.validate.every):
-            writer.write(step, validation(run, current, step, writer))
-        if due(step, config.sample.every):
-            draw(run, current, prompts(run), f"step_{step:06d}.png")
-        if due(step, config.checkpoint.every) and not last:
-            checkpoints.save(step, current, run.cfg, to_json(config))
-            writer.draw()
-        meter.resume()
+    traced = profile.traced(config.profile.steps, start, run.workdir, run.device, writer.say, times.aside)
+    with traced as trace, listening(times.listener):
+        while step < config.train.steps and not signal:
+            batch = times.next(data)
+            say_skipped(batch, f"step {step + 1}", writer)
+            current, out = steps.train_step(
+                current,
+                batch,
+                step,
+                cfg=run.cfg,
+                config=config,
+                encoders=run.encoders,
+                optimizer=run.optimizer,
+                device=run.device,
+                sharding=run.sharding,
+                ops=run.ops,
+                base=run.base,
+            )
+            step += 1
+            last, signal = step == config.train.steps, processes.agreed_stop(stop)
+            times.took(step, out, due(step, config.log.every) or last or bool(signal))
+            trace()
+            if any(due(step, group.every) for group in (config.validate, config.sample, config.checkpoint)):
+                times.flush()
+                with times.aside():
+                    between(run, current, step, last, checkpoints, writer)
+        times.flush()
     return step, signal
+
+
+def between(
+    run: Run, current: dict, step: int, last: bool, checkpoints: checkpoint.Checkpoints, writer: metrics.Metrics
+) -> None:
+    """Does what is due after a step; the checkpoint of the last one is `finish`'s."""
+    config = run.config
+    if due(step, config.validate.every):
+        writer.write(step, validation(run, current, step, writer))
+    if due(step, config.sample.every):
+        draw(run, current, prompts(run), f"step_{step:06d}.png")
+    if due(step, config.checkpoint.every) and not last:
+        checkpoints.save(step, current, run.cfg, to_json(config))
+        writer.draw()
 
 
 def finish(
@@ -233,6 +257,8 @@ def finish(
         )
     summary = writer.close(parameters=flops.parameters(run.cfg), processes=processes.world())
     if processes.is_first():
+        if summary["time_share_median"]:
+            print(f"where a step's time went: {metrics.say_shares(summary['time_share_median'])}")
         print(f"{run.workdir} holds the run: step {step}, loss {summary['final_loss']}", flush=True)
 
 
@@ -334,65 +360,3 @@ def due(step: int, every: int) -> bool:
 def to_json(config: ml_collections.ConfigDict) -> dict:
     """Returns the config as JSON gives it back: tuples as lists."""
     return json.loads(json.dumps(config.to_dict()))
-
-
-class Meter:
-    """Times the steps between two lines of metrics; what is done between steps does not count."""
-
-    def __init__(self, run: Run, skipped: int):
-        """Counts replaced samples on from `skipped`."""
-        self._run, self._skipped, self._found = run, skipped, 0
-        self._start, self._steps, self._waited = time.perf_counter(), 0, 0.0
-
-    def next(self, data: Iterator[dict[str, Any]]) -> dict[str, Any]:
-        """Returns the next batch, and counts the time that it was waited for."""
-        start = time.perf_counter()
-        batch = next(data)
-        self._waited += time.perf_counter() - start
-        self._steps += 1
-        self._found += len(batch["skipped"])
-        return batch
-
-    def pause(self) -> None:
-        """Stops the clock."""
-        self._start -= time.perf_counter()
-
-    def resume(self) -> None:
-        """Starts it again."""
-        self._start += time.perf_counter()
-
-    def read(self, out: dict[str, torch.Tensor], lr: float) -> dict[str, Any]:
-        """Returns the record of the steps since the last one, `metrics.TRAINING`; every process calls it."""
-        config, cfg = self._run.config, self._run.cfg
-        # Reading the loss waits for the device, so the clock is read after it.
-        loss, norm = float(out["loss"]), float(out["grad_norm"])
-        seconds = time.perf_counter() - self._start
-        image_tokens, text_tokens = (config.data.image_size // 16) ** 2, config.text.max_length
-        speed = self._steps * config.train.batch_size / seconds
-        each = flops.training_flops(cfg, image_tokens, text_tokens) * adapt.share_of_flops(config)
-        tflops = speed * each / 1e12 / processes.world()
-        waited, memory, found = self._over_processes()
-        peak = config.metrics.peak_tflops
-        record = {
-            "loss": loss,
-            "grad_norm": norm,
-            "lr": lr,
-            "images_per_s": speed,
-            "tokens_per_s": speed * (image_tokens + text_tokens),
-            "tflops": tflops,
-            "mfu": tflops / peak if peak else None,
-            "peak_memory_gib": memory,
-            "data_wait_s": waited / self._steps,
-            "samples_skipped": self._skipped + found,
-        }
-        self._start, self._steps, self._waited = time.perf_counter(), 0, 0.0
-        return record
-
-    def _over_processes(self) -> tuple[float, float, int]:
-        """Returns the longest wait, the most memory, and the samples replaced, each of which one process has read."""
-        sharding = self._run.sharding
-        # Processes that share a sequence read the same samples.
-        repeats = processes.world() // sharding.mesh.size(sharding.batch_axes)
-        mine = (self._waited, metrics.peak_memory_gib(self._run.device), self._found)
-        waits, memory, found = zip(*processes.gather(mine), strict=True)
-        return max(waits), max(memory), sum(found) // repeats

@@ -13,9 +13,11 @@ from flux_func.models import flux
 from flux_func.models.layers import Ops, Params
 from flux_func.parallel import collectives, fold, placements
 from flux_func.parallel.sharding import Sharding
-from flux_func.train import adapt
+from flux_func.parallel.timeline import phase
+from flux_func.train import adapt, layout
 from flux_func.train import optimizer as optimizers
 from flux_func.train.encoders import Encoders
+from flux_func.train.transfer import to_device
 from flux_func.transforms import ema
 
 
@@ -29,9 +31,9 @@ def micro_batches(batch: Mapping[str, Any], count: int) -> Iterator[dict[str, An
 def encode(batch: Mapping[str, Any], encoders: Encoders, device: torch.device) -> dict[str, Tensor]:
     """Returns latents, noise, txt and y of a data batch: what every loss of the model needs."""
     txt, y = encoders.encode_text({"t5": batch["t5_tokens"], "clip": batch["clip_tokens"]})
-    posterior = torch.from_numpy(batch["latent_noise"]).to(device) if encoders.posterior_noise else None
-    latents = encoders.encode_image(torch.from_numpy(batch["image"]).to(device), posterior)
-    return {"latents": latents, "noise": torch.from_numpy(batch["noise"]).to(device), "txt": txt, "y": y}
+    posterior = torch.from_numpy(batch["latent_noise"]) if encoders.posterior_noise else None
+    latents = encoders.encode_image(torch.from_numpy(batch["image"]), posterior)
+    return {"latents": latents, "noise": to_device(torch.from_numpy(batch["noise"]), device), "txt": txt, "y": y}
 
 
 def train_batch(
@@ -47,7 +49,7 @@ def train_batch(
     t = timesteps.sample(config.train.timesteps, draws, index, size)
     if config.train.shift:
         t = timesteps.shift(t, timesteps.shift_mu((config.data.image_size // 16) ** 2))
-    out = {**encode(batch, encoders, device), "timesteps": t.to(device, torch.float32)}
+    out = {**encode(batch, encoders, device), "timesteps": to_device(t.to(torch.float32), device)}
     if cfg.guidance_embed:
         out["guidance"] = torch.full_like(out["timesteps"], config.train.guidance)
     return out
@@ -76,25 +78,30 @@ def train_step(
       cfg, config, encoders, optimizer, device, sharding, ops: what stays the same through a run.
       base: the weights under the LoRA that is trained; None: the weights are.
     """
+    if config.compile.enabled:
+        torch.compiler.cudagraph_mark_step_begin()  # what CUDA graphs hold of the step before can go
     here, grads, loss = placements.shards(state), None, 0.0
     denominator = config.train.batch_size * batch["noise"][0].size * sharding.repeats
     for count, micro in enumerate(micro_batches(batch, config.train.accumulate), 1):
-        inputs = train_batch(micro, encoders, config, cfg, device)
+        with phase("encode"):
+            inputs = train_batch(micro, encoders, config, cfg, device)
         turn, vjp = (ops, fold.autograd_vjp) if base is None else base.training(ops)
-        grads, part = fold.grad_and_value(
-            here["params"],
-            cfg,
-            inputs,
-            turn,
-            config.remat.policy,
-            denominator=denominator,
-            into=grads,
-            vjp=vjp,
-            sharding=sharding,
-            last=count == config.train.accumulate,
-        )
+        with phase("compute"):
+            grads, part = fold.grad_and_value(
+                here["params"],
+                cfg,
+                inputs,
+                turn,
+                layout.remat(config),
+                denominator=denominator,
+                into=grads,
+                vjp=vjp,
+                sharding=sharding,
+                last=count == config.train.accumulate,
+            )
         loss = loss + part
-    return state, apply(here, grads, loss, step, config=config, optimizer=optimizer, sharding=sharding)
+    with phase("optimizer"):
+        return state, apply(here, grads, loss, step, config=config, optimizer=optimizer, sharding=sharding)
 
 
 def apply(
@@ -136,5 +143,6 @@ def totals(loss: Tensor, grads: Params, sharding: Sharding) -> tuple[Tensor, Ten
     shares = {axes: mesh.size(axes) / mesh.size() for axes in by_axes}
     square = sum(optimizers.global_norm(same).double() ** 2 * shares[axes] for axes, same in by_axes.items())
     both = torch.stack([loss.double().to(square.device), square])
-    both = collectives.wait(collectives.start_all_reduce(both, mesh.group()))
+    with phase("reduce"):
+        both = collectives.wait(collectives.start_all_reduce(both, mesh.group()))
     return both[0].to(loss.dtype), both[1].sqrt().to(loss.dtype)

@@ -13,6 +13,7 @@ ONE = {"replicate": 1, "shard": 1, "context": 1}
 RING = {"parallel.attention": "ring"}
 ULYSSES = {"parallel.attention": "ulysses"}
 FULL = {"remat.policy": "full"}
+SELECTIVE = {"remat.policy": "selective", "remat.keep": ("attention", "*_attn.qkv")}
 COMPILED = {"compile.enabled": True, "compile.backend": "aot_eager"}
 
 
@@ -67,6 +68,9 @@ def assert_equal(found: tuple) -> None:
         (mesh(context=4), {**ULYSSES, "parallel.ulysses": 2}),
         (mesh(shard=2, context=2), {**COMPILED, **FULL}),
         (mesh(context=2), {**COMPILED, **RING}),
+        (mesh(shard=2, context=2), {**RING, **SELECTIVE}),
+        (mesh(shard=2, context=2), {**ULYSSES, **SELECTIVE, "parallel.ulysses": 2}),
+        (mesh(context=2), {**COMPILED, **SELECTIVE}),
         (mesh(2, 2, 2), {}),
         (mesh(2, 2, 2), {**RING, **FULL, "train.accumulate": 4}),
     ],

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flux_func import tree
-from flux_func.models import flux
+from flux_func.models import flux, layers
 from flux_func.models.layers import Ops
 
 TINY = flux.flavor("flux-tiny")
@@ -208,3 +208,15 @@ def test_float64_is_kept_and_bfloat16_is_close():
         out = flux.apply(cast, TINY, **draw_inputs(TINY, dtype=torch.float64))
         assert out.dtype == dtype
         assert (out.double() - exact).norm() <= bound * exact.norm()
+
+
+def test_linears_are_what_ops_are_told():
+    told, cfg = [], dataclasses.replace(TINY, guidance_embed=True)
+
+    def linear(params, x, path):
+        told.append(path)
+        return layers.linear(params, x, path)
+
+    given = {**draw_inputs(cfg), "guidance": torch.ones(2)}
+    flux.apply(flux.init(cfg), cfg, **given, ops=Ops(linear=linear))
+    assert sorted({*told}) == sorted(flux.linears(cfg))

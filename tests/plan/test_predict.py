@@ -16,6 +16,7 @@ H100 = devices.DEVICES["h100"]
 FSDP, HSDP = {"replicate": 1, "shard": 4, "context": 1}, {"replicate": 2, "shard": 2, "context": 1}
 DDP, CP = {"replicate": 2, "shard": 1, "context": 1}, {"replicate": 1, "shard": 1, "context": 2}
 FULL, TWICE = {"remat.policy": "full"}, {"train.accumulate": 2}
+SELECTIVE = {"remat.policy": "selective", "remat.keep": ("attention", "single_blocks.linear1")}
 LOW = {"numerics.compute": "bfloat16", "numerics.reduce": "float32"}
 AHEAD, ZERO = (
     {"parallel.prefetch": 2},
@@ -25,7 +26,7 @@ LORA = {"lora.rank": 4, "lora.patterns": ("*_blocks.*",)}  # the first stage and
 SPLIT = {**LORA, "parallel.lora": (("*", {"shard": 0}),)}
 BY_FOUR = [(FSDP, {}), (FSDP, FULL), (FSDP, TWICE), (FSDP, {**FULL, **TWICE}), (FSDP, {**FULL, **LOW, **TWICE})]
 BY_FOUR += [(FSDP, {**FULL, **AHEAD}), (HSDP, {}), (HSDP, {**FULL, **TWICE})]
-BY_FOUR += [(FSDP, LORA), (HSDP, {**SPLIT, **FULL, **LOW, **TWICE})]
+BY_FOUR += [(FSDP, SELECTIVE), (FSDP, LORA), (HSDP, {**SPLIT, **FULL, **LOW, **TWICE})]
 BY_TWO = [(DDP, {}), (DDP, {**FULL, **TWICE}), (DDP, ZERO), *((CP, {"parallel.attention": kind, **FULL}) for kind in
           ("all_gather", "ulysses", "ring")), (CP, TWICE), (CP, {**LORA, **FULL}), (DDP, {**LORA, **LOW})]  # fmt: skip
 

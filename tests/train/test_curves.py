@@ -76,11 +76,21 @@ def count(image, color):
         [{"step": 1, "loss": None, "grad_norm": None, "lr": 0.0, "images_per_s": 0.3}],
         [{"step": 3, "validation_loss": 1.0, "validation_loss_by_timestep": {"0": 1.0}}],
         list(records(1)),
+        [{**record, "time_share": {"compute": 0.9, "gather": 0.0, "other": 0.1}} for record in records(1)],
         list(records(10)),
         list(records(10, 2)),
         list(records(10_000, 20)),
     ],
-    ids=["none", "not finite", "validation alone", "one", "ten", "ten with validation", "ten thousand"],
+    ids=[
+        "none",
+        "not finite",
+        "validation alone",
+        "one",
+        "one with shares",
+        "ten",
+        "ten with validation",
+        "ten thousand",
+    ],
 )
 def test_draw_curves_draws_any_run(tmp_path, case):
     path = tmp_path / "curves.png"
@@ -96,3 +106,13 @@ def test_draw_curves_replaces_the_picture(tmp_path):
     path.write_bytes(b"old")
     curves.draw_curves(list(records(10)), path)
     assert count(pixels(path), BLUE) > 2000
+
+
+def test_areas_are_the_shares(tmp_path):
+    """Of two phases, one has three quarters of the time: so many of the panel's pixels are in its colour."""
+    curve, share = tmp_path / "curves.png", {"optimizer": 0.25, "gather": 0.0, "compute": 0.75}
+    curves.draw_curves([{**record, "time_share": share} for record in records(30)], curve)
+    image = pixels(curve)
+    painted = [count(image, [int(color[i : i + 2], 16) for i in (1, 3, 5)]) for color in curves._AREAS]
+    # The first colour is that of records too; the last one that of the frames.
+    assert painted[0] / painted[1] == pytest.approx(3, rel=0.15) and painted[2:6] == [0] * 4

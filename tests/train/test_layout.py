@@ -71,6 +71,27 @@ def test_a_compiled_step_finds_again_what_was_compiled():
     assert first.func is second.func is not blocks.double_block
 
 
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"remat.keep": ("attention", "*.linear3")}, "'*.linear3' fits no linear: "),
+        ({"remat.keep": ("single_block.linear1",)}, "did you mean 'single_blocks.linear1'?"),
+    ],
+)
+def test_a_result_that_is_none_of_the_models_cannot_be_kept(fields, said):
+    assert said in refusal({"remat.policy": "selective", **fields}, 1, 1, 1)
+
+
+def test_a_kernel_that_the_device_has_not_is_no_silent_other_one():
+    said = refusal({"kernels.attention": "flash3"}, 1, 1, 1)
+    assert said == (
+        "kernels.attention is 'flash3': kernel 'flash3' is none of a cpu's, which are 'flash', 'math'; "
+        "choose another, or '' for torch's choice"
+    )
+    made, config, _ = build({"kernels.attention": "math"}, mesh(1, 1, 1))
+    assert layout.ops(config, state.model_config(config), made).attention.keywords == {"kernel": "math"}
+
+
 def test_one_config_serves_any_size_of_context():
     for context in (1, 2, 4):
         made, config, _ = build({"parallel.attention": "ring"}, mesh(1, 1, context))

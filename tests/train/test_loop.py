@@ -90,6 +90,8 @@ def test_metrics_have_each_step_once_with_the_fixed_fields(full):
     shown = EventAccumulator(str(full)).Reload()
     assert [event.value for event in shown.Scalars("train/loss")] == pytest.approx([r["loss"] for r in training])
     assert [event.step for event in shown.Scalars("validation/loss")] == [2, 4]
+    computed = [event.value for event in shown.Scalars("train/time_share/compute")]
+    assert computed == pytest.approx([record["time_share"]["compute"] for record in training])
 
 
 def test_config_and_summary_say_what_was_run(full):

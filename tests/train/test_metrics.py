@@ -22,6 +22,15 @@ RECORD = {
     "mfu": None,
     "peak_memory_gib": 6.14,
     "data_wait_s": 0.01,
+    "time_share": {
+        "data": 0.01,
+        "encode": 0.02,
+        "compute": 0.9,
+        "gather": 0.0,
+        "reduce": 0.0,
+        "optimizer": 0.06,
+        "other": 0.01,
+    },
     "samples_skipped": 0,
 }
 VALIDATION = {"validation_loss": 0.7, "validation_loss_by_timestep": [None, 0.5, 0.9]}
@@ -147,6 +156,7 @@ def test_close_draws_and_sums_up(tmp_path):
         "best_validation_loss": 0.6,
         "best_validation_step": 3,
         "images_per_s_median": 0.26,
+        "time_share_median": RECORD["time_share"],
         "peak_memory_gib": 7.5,
         "samples_skipped": 3,
         "device": "cpu",
