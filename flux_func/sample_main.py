@@ -38,7 +38,7 @@ from flux_func import config as configs
 from flux_func.data import images as pictures
 from flux_func.errors import UserError
 from flux_func.interop import lora_files
-from flux_func.launch import processes
+from flux_func.launch import memory, processes
 from flux_func.models import flux
 from flux_func.models.layers import Ops, Params
 from flux_func.parallel import mesh as meshes
@@ -128,6 +128,7 @@ def main(argv: list[str]) -> None:
     """Samples as the flags say."""
     del argv
     device = cli.choose_device(flags.FLAGS.device)
+    memory.keep_freed(device.type)
     processes.start(device)
     sample(flags.FLAGS, device)
     processes.stop()

@@ -29,10 +29,11 @@ def run() -> None:
 def main(argv: list[str]) -> None:
     """Trains as the flags say."""
     del argv
-    from flux_func.launch import processes
+    from flux_func.launch import memory, processes
     from flux_func.train import loop
 
     stop, device = cli.stop_requested(), cli.choose_device(flags.FLAGS.device)
+    memory.keep_freed(device.type)
     processes.start(device)
     loop.train(flags.FLAGS.config, os.path.abspath(flags.FLAGS.workdir), device, stop)
     processes.stop()

@@ -3,6 +3,7 @@
 python -m flux_func.bench.ours REQUEST.json
 """
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,8 @@ from flux_func.bench import serve
 from flux_func.bench.serve import Work
 from flux_func.flow import path as flow
 from flux_func.flow import sampler
+from flux_func.launch import memory
 from flux_func.models import flux
-from flux_func.parallel import fold
 from flux_func.parallel.mesh import ONE
 from flux_func.parallel.sharding import gathering
 from flux_func.train import layout, optimizer
@@ -72,24 +73,15 @@ def training(
       batch: of `ff.loss`, train.batch_size samples; the same in every step.
       device: where they are.
     """
-    chosen = optimizer.from_config(config)
+    chosen, count = optimizer.from_config(config), config.train.accumulate
     sharding = layout.build(config, cfg, chosen, ONE, device)
-    ops, count = layout.ops(config, cfg, sharding), config.train.accumulate
     chunks = {name: value.chunk(count) for name, value in batch.items()}
     micro = [{name: parts[i] for name, parts in chunks.items()} for i in range(count)]
-
-    def step() -> Tensor:
-        grads, loss = None, 0.0
-        for inputs in micro:
-            options = {"denominator": batch["noise"].numel(), "into": grads, "last": inputs is micro[-1]}
-            grads, part = fold.grad_and_value(
-                here["params"], cfg, inputs, ops, layout.remat(config), sharding=sharding, **options
-            )
-            loss = loss + part
-        return steps.apply(here, grads, loss, 0, config=config, optimizer=chosen, sharding=sharding)["loss"]
-
-    return step
+    given = {"cfg": cfg, "config": config, "optimizer": chosen, "sharding": sharding}
+    given["ops"] = layout.ops(config, cfg, sharding)
+    return lambda: steps.advance(here, micro, 0, **given)["loss"]
 
 
 if __name__ == "__main__":
+    memory.keep_freed(json.loads(Path(sys.argv[1]).read_text())["device"])  # as train_main does
     serve.serve(work, "flux-func", Path(sys.argv[1]), serve.claim_stdout())
