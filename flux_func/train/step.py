@@ -1,6 +1,6 @@
 """One training step: a data batch to the model's batch, the fold over micro-batches, clipping, the update."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import ml_collections
@@ -78,22 +78,49 @@ def train_step(
       cfg, config, encoders, optimizer, device, sharding, ops: what stays the same through a run.
       base: the weights under the LoRA that is trained; None: the weights are.
     """
+
+    def inputs() -> Iterator[dict[str, Tensor]]:
+        for micro in micro_batches(batch, config.train.accumulate):
+            with phase("encode"):
+                encoded = train_batch(micro, encoders, config, cfg, device)
+            yield encoded
+
+    given = {"cfg": cfg, "config": config, "optimizer": optimizer, "sharding": sharding, "ops": ops, "base": base}
+    return state, advance(placements.shards(state), inputs(), step, **given)
+
+
+def advance(
+    here: dict,
+    inputs: Iterable[dict[str, Tensor]],
+    step: int,
+    *,
+    cfg: flux.FluxConfig,
+    config: ml_collections.ConfigDict,
+    optimizer: optimizers.Optimizer,
+    sharding: Sharding,
+    ops: Ops = Ops(),
+    base: adapt.Base | None = None,
+) -> dict[str, Tensor]:
+    """Takes a step on train.accumulate micro-batches of `ff.loss`; returns {"loss", "grad_norm"}; see `train_step`.
+
+    Args:
+      here: what this process has of the state, which is updated.
+      inputs: its samples.
+      step, cfg, config, optimizer, sharding, ops, base: as for `train_step`.
+    """
     if config.compile.enabled:
         torch.compiler.cudagraph_mark_step_begin()  # what CUDA graphs hold of the step before can go
-    here, grads, loss = placements.shards(state), None, 0.0
-    denominator = config.train.batch_size * batch["noise"][0].size * sharding.repeats
-    for count, micro in enumerate(micro_batches(batch, config.train.accumulate), 1):
-        with phase("encode"):
-            inputs = train_batch(micro, encoders, config, cfg, device)
+    grads, loss = None, 0.0
+    for count, micro in enumerate(inputs, 1):
         turn, vjp = (ops, fold.autograd_vjp) if base is None else base.training(ops)
         with phase("compute"):
             grads, part = fold.grad_and_value(
                 here["params"],
                 cfg,
-                inputs,
+                micro,
                 turn,
                 layout.remat(config),
-                denominator=denominator,
+                denominator=config.train.batch_size * micro["noise"][0].numel() * sharding.repeats,
                 into=grads,
                 vjp=vjp,
                 sharding=sharding,
@@ -101,7 +128,7 @@ def train_step(
             )
         loss = loss + part
     with phase("optimizer"):
-        return state, apply(here, grads, loss, step, config=config, optimizer=optimizer, sharding=sharding)
+        return apply(here, grads, loss, step, config=config, optimizer=optimizer, sharding=sharding)
 
 
 def apply(
@@ -116,9 +143,8 @@ def apply(
 ) -> dict[str, Tensor]:
     """Updates this process's part of a state by its part of the gradients; returns {"loss", "grad_norm"} over all."""
     loss, norm = totals(loss, grads, sharding)
-    grads, norm = optimizers.clip(grads, config.optimizer.clip_norm, norm)
     mine = sharding.owned(here["params"])
-    optimizer.update(grads, here["opt"], mine)
+    optimizer.update(grads, here["opt"], mine, optimizers.clip_scale(norm, config.optimizer.clip_norm))
     sharding.publish(mine, here["params"])
     if "ema" in here:
         ema.update(here["ema"], here["params"], ema.decay_at(step, config.ema.decay))

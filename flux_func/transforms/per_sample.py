@@ -365,11 +365,11 @@ def private(optimizer: Any, clip_norm: float, noise_multiplier: float, batch_siz
     def init(params: Tree) -> Tree:
         return {"inner": optimizer.init(params), "step": torch.zeros((), dtype=torch.int64)}
 
-    def update(total: Tree, state: Tree, params: Tree) -> tuple[Tree, Tree]:
+    def update(total: Tree, state: Tree, params: Tree, scale: Tensor | None = None) -> tuple[Tree, Tree]:
         noise = _noise(total, seed, int(state["step"]))
         std = noise_multiplier * clip_norm
         grads = tree.map(lambda leaf: (leaf + std * next(noise)) / batch_size, total)
-        params, inner = optimizer.update(grads, state["inner"], params)
+        params, inner = optimizer.update(grads, state["inner"], params, scale)
         state["step"] += 1
         return params, {**state, "inner": inner}
 

@@ -41,6 +41,9 @@ def recording(ops: Ops, keep: Policy) -> Ops:
     if keep - {"attention"} and ops.linear is not layers.linear:
         named = ", ".join(map(repr, sorted(keep - {"attention"})))
         raise ValueError(f"remat keeps {named}: of linears that are not plain matrix products only 'attention' is kept")
+    if keep - {"attention"}:
+        # Dynamo does not follow how patterns are looked up; to say so at import would import Dynamo, for a second.
+        torch.compiler.assume_constant_result(_fits)
     return dataclasses.replace(ops, wrap_stage=functools.partial(_wrap, ops.wrap_stage, _recorder, keep))
 
 
@@ -109,7 +112,6 @@ def _taped(ops: Ops, keep: Policy, tape: Tape) -> Ops:
     return dataclasses.replace(ops, linear=linear)
 
 
-@torch.compiler.assume_constant_result  # Dynamo does not follow how patterns are looked up
 def _fits(patterns: tuple[str, ...], path: str) -> bool:
     return tree.match(patterns, path) is not None
 
