@@ -100,3 +100,25 @@ def test_every_field_of_the_workdirs_config_comes_back(tmp_path):
     config = dict(configs.flat(origin.read_config(str(tmp_path))))
     assert config["sample.prompts"] == ["a"] and config["model.guidance_embed"] is True
     assert config == dict(configs.flat(checkpoint.read_config(tmp_path, 1)))
+
+
+def loaded(code, names):
+    """Which of these modules a fresh interpreter has loaded when `code` calls `end`."""
+    end = f"def end(*_, **__): print(*(n for n in {names} if n in sys.modules), file=sys.stderr); os._exit(0)"
+    command = [sys.executable, "-c", f"import atexit, os, sys\n{end}\n{code}"]
+    environment = {**os.environ, "PYTHONPATH": str(tiny_run.ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return done.stderr.splitlines()[-1].split()
+
+
+def test_help_loads_nothing_of_what_training_needs():
+    heavy = ["jax", "orbax", "grain", "transformers", "datasets", "matplotlib", "sklearn", "tensorboard", "torchao"]
+    heavy += ["torch._dynamo", "torch.distributed.tensor"]
+    code = "sys.argv += ['--help']\natexit.register(end)\nfrom flux_func import train_main\ntrain_main.run()"
+    assert loaded(code, heavy) == []
+
+
+def test_training_comes_to_its_first_step_without_what_only_others_need(tmp_path):
+    heavy = ["transformers", "datasets", "matplotlib", "torchao", "wandb", "torch._dynamo"]
+    ready = f"sys.argv += {tiny_run.arguments(tmp_path)}\nfrom flux_func.train import step\nstep.train_step = end"
+    assert loaded(f"{ready}\nfrom flux_func import train_main\ntrain_main.run()", heavy) == []

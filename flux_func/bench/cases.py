@@ -3,8 +3,10 @@
 import dataclasses
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flux_func import config as configs
-from flux_func import random
+from flux_func import random, tree
 from flux_func.errors import UserError
 from flux_func.interop import formats
 from flux_func.models import flops, flux
 from flux_func.models.flux import FluxConfig
+from flux_func.models.layers import Params
 from flux_func.parity import exchange
 
 PEERS = ("ours", "bfl", "diffusers", "torchtitan")
@@ -151,10 +154,18 @@ def write_weights(cfg: FluxConfig, peers: Iterable[str], seed: int, folder: Path
             f"{folder} has {free / 2**30:.1f} GiB free, {need / 2**30:.1f} GiB are needed for weights; name a folder "
             f"with more room in the environment variable TMPDIR"
         )
-    params = flux.init(cfg, seed, scheme="nonzero")
+    params = draw(cfg, seed)
     for kind in {*kinds.values()}:
         exchange.write_weights(folder / f"{kind}.safetensors", formats.layout(cfg, kind), params)
     return {peer: folder / f"{kind}.safetensors" for peer, kind in kinds.items()}
+
+
+def draw(cfg: FluxConfig, seed: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Params:
+    """Returns weights as `ff.init` draws them, none of them zero, by as many threads as there are cores."""
+    rows, shapes = flux.drawing(cfg, seed, "nonzero"), tree.flatten(flux.abstract(cfg))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        leaves = pool.map(lambda path: rows(path, 0, shapes[path].shape[0]).to(device, dtype), shapes)
+        return tree.unflatten(dict(zip(shapes, leaves, strict=True)))
 
 
 def inputs(case: Case, seed: int) -> dict[str, Tensor]:

@@ -30,11 +30,12 @@ class Optimizer(NamedTuple):
 
     Attributes:
       init: `params -> state`.
-      update: `(grads, state, params) -> (params, state)`; params and state are donated.
+      update: `(grads, state, params, scale=None) -> (params, state)`; params and state are donated. `scale` is a scalar
+        tensor that the gradients are first multiplied by, which may be done in place.
     """
 
     init: Callable[[Tree], Tree]
-    update: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
+    update: Callable[..., tuple[Tree, Tree]]
 
 
 def adamw(
@@ -67,7 +68,7 @@ def adamw(
         return {**moments, "step": torch.zeros((), device=tree.leaves(params)[0].device)}
 
     @torch.no_grad()
-    def update(grads: Tree, state: Tree, params: Tree) -> tuple[Tree, Tree]:
+    def update(grads: Tree, state: Tree, params: Tree, scale: Tensor | None = None) -> tuple[Tree, Tree]:
         step = state["step"]
         rate = lr(step) if callable(lr) else lr
         if isinstance(rate, Tensor):
@@ -77,7 +78,8 @@ def adamw(
         trees = (params, _like(grads, params), state["exp_avg"], state["exp_avg_sq"])
         for group in _by_type([tree.leaves(t) for t in trees]):
             steps = [count] * len(group[0])
-            torch._fused_adamw_(*group, [], steps, **hyper, amsgrad=False, maximize=False)
+            divisor = _divisor(group[1], scale)
+            torch._fused_adamw_(*group, [], steps, **hyper, amsgrad=False, maximize=False, grad_scale=divisor)
         step.copy_(count)
         return params, state
 
@@ -135,7 +137,9 @@ def from_torch(cls: type[torch.optim.Optimizer], lr: float | Schedule, **options
         return {"state": tree.map(kept, _contiguous(params)), "step": torch.zeros((), dtype=torch.int64)}
 
     @torch.no_grad()
-    def update(grads: Tree, state: Tree, params: Tree) -> tuple[Tree, Tree]:
+    def update(grads: Tree, state: Tree, params: Tree, scale: Tensor | None = None) -> tuple[Tree, Tree]:
+        if scale is not None:
+            torch._foreach_mul_(tree.leaves(grads), scale)
         made = int(state["step"])
         rate = float(lr(made)) if callable(lr) else lr
         leaves, grads = tree.flatten(params), tree.flatten(_like(grads, params))
@@ -157,6 +161,16 @@ def from_torch(cls: type[torch.optim.Optimizer], lr: float | Schedule, **options
         return params, state
 
     return Optimizer(init, update)
+
+
+def _divisor(grads: list[Tensor], scale: Tensor | None) -> Tensor | None:
+    """Returns what torch's fused kernels are to divide gradients by: a pass through memory less than to scale them."""
+    if scale is None:
+        return None
+    if grads[0].dtype == torch.float64:  # the divisor is of float32
+        torch._foreach_mul_(grads, scale)
+        return None
+    return scale.reciprocal().to(grads[0].device, torch.float32)
 
 
 def _contiguous(params: Tree) -> Tree:
@@ -232,23 +246,26 @@ def global_norm(grads: Tree) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(parts, 2, dtype=dtype)))
 
 
+def clip_scale(norm: Tensor, max_norm: float) -> Tensor | None:
+    """Returns what gradients of a norm are to be multiplied by so that it is at most max_norm (0: None, by nothing).
+
+    It is torch's clip_grad_norm_'s factor, a scalar tensor: nothing waits for the device. Of a norm that is not finite
+    it spoils all gradients. `Optimizer.update` takes it.
+    """
+    return (max_norm / (norm + 1e-6)).clamp(max=1) if max_norm else None
+
+
 @torch.no_grad()
-def clip(grads: Tree, max_norm: float, norm: Tensor | None = None) -> tuple[Tree, Tensor]:
-    """Scales gradients in place so that their global norm is at most max_norm, as torch's clip_grad_norm_ does.
-
-    Nothing waits for the device: the factor stays a tensor. A norm that is not finite spoils all gradients.
-
-    Args:
-      grads: the gradients' tree.
-      max_norm: the largest norm; 0: the gradients are left as they are.
-      norm: theirs, where they are a part of what it is taken of; None: `global_norm`.
+def clip(grads: Tree, max_norm: float) -> tuple[Tree, Tensor]:
+    """Scales gradients in place so that their global norm is at most max_norm (0: leaves them as they are).
 
     Returns:
-      The same tree, and the norm before scaling.
+      The same tree, and the norm before scaling; see `clip_scale`.
     """
-    norm = global_norm(grads) if norm is None else norm
-    if max_norm:
-        torch._foreach_mul_(tree.leaves(grads), (max_norm / (norm + 1e-6)).clamp(max=1))
+    norm = global_norm(grads)
+    scale = clip_scale(norm, max_norm)
+    if scale is not None:
+        torch._foreach_mul_(tree.leaves(grads), scale)
     return grads, norm
 
 

@@ -73,6 +73,13 @@ def test_weights_are_one_draw_in_each_one_s_names(tmp_path):
     assert torch.equal(stored["diffusers"][f"{names[1]}.weight"], key)
 
 
+def test_threads_draw_what_ff_init_draws():
+    cfg = tiny_bench.case().cfg
+    drawn, expected = cases.draw(cfg, 3, torch.bfloat16), flux.init(cfg, 3, torch.bfloat16, scheme="nonzero")
+    pairs = zip(tree.flatten(drawn).items(), tree.flatten(expected).items(), strict=True)
+    assert all(path == other and torch.equal(leaf, same) for (path, leaf), (other, same) in pairs)
+
+
 def test_too_little_room(tmp_path, monkeypatch):
     monkeypatch.setattr(cases.shutil, "disk_usage", lambda path: type("", (), {"free": 2**28}))
     with pytest.raises(UserError, match="has 0.2 GiB free, .* name a folder with more room in .* TMPDIR"):

@@ -2,7 +2,7 @@
 
 import io
 import json
-import math
+import mmap
 
 import pytest
 import torch
@@ -86,34 +86,14 @@ def test_in_bfloat16_it_is_near_but_not_the_same(work, peer, tmp_path):
     assert {leaf.dtype for leaf in narrow.kept()} == {torch.float32}
 
 
-def test_our_step_is_adamw_of_clipped_gradients(tmp_path):
-    """Ours against torch.func and torch.optim, and under recomputation to the bit."""
-    asked = tiny_bench.case()
-    paths = tiny_bench.ask(asked, [Side("ours"), Side("ours", remat="full")], tmp_path)
-    request = json.loads(paths[0].read_text())
-    params, batch = tree.unflatten(load_file(request["weights"])), load_file(request["inputs"])
-    leaves = tree.leaves(params)
-    reference = torch.optim.AdamW(leaves, lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    losses = []
-    for _ in range(3):
-        grads, loss = torch.func.grad_and_value(ff.loss)(params, asked.cfg, batch)
-        losses.append(loss.item())
-        norm = math.sqrt(sum(grad.double().square().sum().item() for grad in tree.leaves(grads)))
-        for leaf, grad in zip(leaves, tree.leaves(grads), strict=True):
-            leaf.grad = grad * min(1, 1 / norm)
-        reference.step()
-    found = [steps(path)[1] for path in paths]
-    assert found[0] == pytest.approx(losses, rel=1e-5)
-    assert found[0] == found[1]
-
-
 def test_the_peak_is_of_what_was_there_since_it_was_reset():
     size = 2**27
     serve.reset_peak("cpu")
     before = serve.peak_bytes("cpu")
-    torch.ones(size // 4).sum()
-    after = serve.peak_bytes("cpu")
-    assert abs(after - before - size) < 2**24
+    # Pages of the system's: what torch frees, the C library may keep.
+    with mmap.mmap(-1, size) as pages:
+        pages[:: mmap.PAGESIZE] = b"1" * (size // mmap.PAGESIZE)
+    assert abs(serve.peak_bytes("cpu") - before - size) < 2**24
     serve.reset_peak("cpu")
     assert abs(serve.peak_bytes("cpu") - before) < 2**24
 

@@ -256,7 +256,7 @@ def test_a_format_that_cannot_say_the_model_is_refused(tmp_path):
 @pytest.mark.parametrize("format, eps, warns", [("diffusers", 1e-5, True), ("bfl", 1e-5, True), ("bfl", 1e-6, False)])
 def test_another_epsilon_is_said(tmp_path, caplog, format, eps, warns):
     cfg = dataclasses.replace(SMALL, qk_norm_eps=eps)
-    with caplog.at_level(logging.WARNING, logger="absl"):
+    with caplog.at_level(logging.WARNING, logger="flux_func"):
         ff.save(tmp_path / NAMES[format], flux.init(cfg), cfg, format)
     assert ("this model has qk_norm_eps 1e-05; readers of format" in caplog.text) == warns
 
@@ -299,7 +299,7 @@ def test_what_is_left_out_is_said(tmp_path, caplog):
     save_file(tensors | {"vae.decoder.conv_in.bias": torch.zeros(3)}, tmp_path / "all.safetensors")
     for name, said in (("x.safetensors", ""), ("all.safetensors", "left out: vae (1 tensors)")):
         caplog.clear()
-        with caplog.at_level(logging.WARNING, logger="absl"):
+        with caplog.at_level(logging.WARNING, logger="flux_func"):
             found, cfg = ff.load(tmp_path / name)
         assert cfg == SMALL and said in caplog.text and bool(said) == bool(caplog.text)
         same(found, params)

@@ -162,7 +162,7 @@ def test_what_is_left_out_is_said(tmp_path, caplog):
     found = tree.flatten(flux.init(flux.flavor("flux-tiny")))
     found = {f"model.diffusion_model.{name}": leaf for name, leaf in found.items()}
     save_file(found | {"vae.decoder.conv_in.bias": torch.zeros(3)}, tmp_path / "all.safetensors")
-    with caplog.at_level(logging.WARNING, logger="absl"):
+    with caplog.at_level(logging.WARNING, logger="flux_func"):
         state.find_weights(str(tmp_path / "all.safetensors"), "transformer", "model.weights")
     assert f"{tmp_path}/all.safetensors: left out: vae (1 tensors)" in caplog.text
 
