@@ -40,6 +40,7 @@ EXTRAS = {
         *DATASETS,
         "hypothesis>=6.150",
         "jsonschema>=4.26",
+        "ml-dtypes>=0.5",
         "packaging>=25.0",
         "peft>=0.21",
         "psutil>=7.0",
@@ -48,6 +49,7 @@ EXTRAS = {
         "pyyaml>=6.0",
         "ruff>=0.17.5,<0.18",  # another minor version may format otherwise
         "tokenizers>=0.23",
+        "torchao>=0.18",
     ],
     "parity": REFERENCES,
     "bench": REFERENCES,

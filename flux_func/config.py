@@ -4,7 +4,6 @@ A file of `configs/` starts from `default()` and states only what differs. Any f
 line (`--config.train.steps=20`); the tree is locked, so a mistyped field is an error that names the nearest one.
 """
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
+from flux_func.config_checks import check, check_groups, check_model, nearest, one_of
 from flux_func.errors import UserError
 
 # Fields that are None unless they are set, and their types.
@@ -70,6 +70,7 @@ def default() -> ml_collections.ConfigDict:
         betas=(0.9, 0.95),  # adamw
         eps=1e-8,  # adamw
         weight_decay=0.1,  # adamw: decoupled
+        moments="",  # adamw: its moments' type: "float32", "bfloat16" or, by torchao, "8bit"; "": numerics.param
         options="",  # other classes' own arguments, such as "momentum=0.9, nesterov=True"
         schedule="constant",  # "constant", "cosine" or "linear"
         warmup_steps=0,  # linear from lr/warmup_steps to lr
@@ -104,9 +105,12 @@ def default() -> ml_collections.ConfigDict:
         mode="",  # inductor's: "max-autotune", "reduce-overhead" (CUDA graphs), ...; "": its default
     )
     config.numerics = dict(
-        param="float32",  # type of parameters and moments: "float32" or "bfloat16"
+        param="float32",  # type of parameters: "float32" or "bfloat16"
+        rounding="stochastic",  # of updates in bfloat16; "nearest" loses those below 1/256 of a parameter
         compute="float32",  # type that parameters are cast to before each stage: "float32" or "bfloat16"
         reduce="float32",  # type that gradients are added up in, over micro-batches and processes
+        linear="",  # products, by torchao: "float8_tensorwise", "float8_rowwise" or "mxfp8"; "": in numerics.compute
+        patterns=("double_blocks.*_attn.*", "double_blocks.*_mlp.*", "single_blocks.linear?"),  # linears that it is for
     )
     config.lora = dict(
         rank=0,  # of what is added to linears' weights and trained in their place; 0: the weights are trained
@@ -145,7 +149,7 @@ def default() -> ml_collections.ConfigDict:
         tensorboard=True,  # event files in the workdir
         wandb="",  # project of Weights & Biases; "": not used
     )
-    config.profile = dict(steps=0)  # steps to trace, from the third of the program on, and to tell the time of; 0: none
+    config.profile = dict(steps=0)  # steps to trace, after the first two; 0: none (docs/profiling.md)
     return config.lock()
 
 
@@ -168,6 +172,9 @@ CHOICES = {
     "numerics.param": ("float32", "bfloat16"),
     "numerics.compute": ("float32", "bfloat16"),
     "numerics.reduce": ("float32", "bfloat16"),
+    "numerics.rounding": ("stochastic", "nearest"),
+    "numerics.linear": ("", "float8_tensorwise", "float8_rowwise", "mxfp8"),
+    "optimizer.moments": ("", "float32", "bfloat16", "8bit"),
     "parallel.attention": ("all_gather", "ulysses", "ring"),
     "validate.split": ("train", "validation"),
     "validate.convention": ("start", "middle"),
@@ -217,6 +224,8 @@ READ_WITH = {
     "data.streaming": ("data.source", ("hf",)),
     "optimizer.decay_steps": ("optimizer.schedule", ("cosine", "linear")),
     "optimizer.final_lr_fraction": ("optimizer.schedule", ("cosine", "linear")),
+    "optimizer.moments": ("optimizer.name", ("adamw",)),
+    "numerics.linear": ("numerics.compute", ("bfloat16",)),
     "checkpoint.export_dtype": ("checkpoint.last_weights_only", (True,)),
     "compile.mode": ("compile.enabled", (True,)),
 }
@@ -251,87 +260,40 @@ def validate(config: ml_collections.ConfigDict) -> None:
     Raises:
       UserError: the first field found wrong, its value and what it should be.
     """
-    fields = _fields(config)
-    _check_model(fields)
+    fields, usual = _fields(config), dict(flat(default()))
+    check_model(fields, usual)
     for field, choices in CHOICES.items():
-        _check(fields, field, fields[field] in choices, one_of(fields[field], choices))
+        check(fields, field, fields[field] in choices, one_of(fields[field], choices))
     for field in AT_LEAST_ONE:
-        _check(fields, field, fields[field] >= 1, "should be at least 1")
+        check(fields, field, fields[field] >= 1, "should be at least 1")
     for field in NOT_NEGATIVE:
-        _check(fields, field, fields[field] >= 0, "should not be negative")
+        check(fields, field, fields[field] >= 0, "should not be negative")
     for field in FRACTIONS:
-        _check(fields, field, 0 <= fields[field] <= 1, "should be in [0, 1]")
+        check(fields, field, 0 <= fields[field] <= 1, "should be in [0, 1]")
     for field, value in fields.items():
-        _check(fields, field, not isinstance(value, float) or math.isfinite(value), "should be finite")
+        check(fields, field, not isinstance(value, float) or math.isfinite(value), "should be finite")
     betas = fields["optimizer.betas"]
     in_range = all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in betas)
-    _check(fields, "optimizer.betas", len(betas) == 2 and in_range, "should be two numbers in [0, 1)")
-    _check(fields, "sample.prompts", all(isinstance(p, str) for p in fields["sample.prompts"]), "should be texts")
+    check(fields, "optimizer.betas", len(betas) == 2 and in_range, "should be two numbers in [0, 1)")
+    check(fields, "sample.prompts", all(isinstance(p, str) for p in fields["sample.prompts"]), "should be texts")
     size, batch, micro = fields["data.image_size"], fields["train.batch_size"], fields["train.accumulate"]
     near = max(16, round(size / 16) * 16)
-    _check(fields, "data.image_size", size >= 16 and size % 16 == 0, f"should be a multiple of 16, such as {near}")
-    _check(fields, "train.accumulate", batch % micro == 0, f"should divide train.batch_size, which is {batch}")
+    check(fields, "data.image_size", size >= 16 and size % 16 == 0, f"should be a multiple of 16, such as {near}")
+    check(fields, "train.accumulate", batch % micro == 0, f"should divide train.batch_size, which is {batch}")
     for field, kinds in PATH_NEEDED.items():
         path, given = field.split(".")[0] + ".path", fields[field]
-        _check(fields, path, given not in kinds or fields[path], f"should be set, as {field} is {given!r}")
+        check(fields, path, given not in kinds or fields[path], f"should be set, as {field} is {given!r}")
     for field, (switch, values) in READ_WITH.items():
         good = not fields[field] or fields[switch] in values
-        _check(fields, field, good, f"is read only where {switch} is {' or '.join(map(repr, values))}")
+        check(fields, field, good, f"is read only where {switch} is {' or '.join(map(repr, values))}")
     weightless = fields["autoencoder.kind"] == "kl" and not fields["autoencoder.random_init"]
     remedy = "should name an ae.safetensors (or set autoencoder.random_init to try a set-up out)"
-    _check(fields, "autoencoder.path", fields["autoencoder.path"] or not weightless, remedy)
-    _check_text(fields)
-    _check_lora(fields)
-    _check_remat(fields)
+    check(fields, "autoencoder.path", fields["autoencoder.path"] or not weightless, remedy)
     ulysses = fields["parallel.ulysses"]
     used = ulysses == -1 or fields["parallel.attention"] == "ulysses"
-    _check(fields, "parallel.ulysses", used, "is read only where parallel.attention is 'ulysses'")
-    _check(fields, "parallel.ulysses", ulysses == -1 or ulysses >= 1, "should be at least 1, or -1 for all of context")
-
-
-def _check_model(fields: Mapping[str, Any]) -> None:
-    from flux_func.models.flux import FLAVORS
-
-    flavor, weights, eps = fields["model.flavor"], fields["model.weights"], fields["model.qk_norm_eps"]
-    needed = "should name what to start from, as model.flavor is '', which is the shape of that"
-    _check(fields, "model.weights", flavor or weights, needed)
-    _check(fields, "model.flavor", flavor in ("", *FLAVORS), one_of(flavor, FLAVORS))
-    scheme = fields["model.init"] == default().model.init
-    _check(fields, "model.init", scheme or not weights, f"is read only where model.weights is '', it is {weights!r}")
-    _check(fields, "model.qk_norm_eps", eps is None or eps > 0, "should be above 0, such as 1e-6")
-
-
-def _check_text(fields: Mapping[str, Any]) -> None:
-    path, own = fields["text.path"], fields["text.t5"] and fields["text.clip"]
-    needed = "should be set, as text.kind is 'hf' (or both of text.t5 and text.clip)"
-    _check(fields, "text.path", fields["text.kind"] != "hf" or path or own, needed)
-    _check(fields, "text.path", not (path and own), "is not read where both of text.t5 and text.clip are set")
-
-
-def _check_lora(fields: Mapping[str, Any]) -> None:
-    usual, rank = dict(flat(default())), fields["lora.rank"]
-    for field in ("lora.alpha", "lora.patterns", "parallel.lora"):
-        as_usual = json.dumps(fields[field]) == json.dumps(usual[field])  # a tuple in one is a list in the other
-        _check(fields, field, rank or as_usual, "is read only where lora.rank is above 0")
-    something = fields["model.weights"] or fields["model.init"] != usual["model.init"]
-    remedy = "needs model.weights to adapt: before pre-training the last layer is zero, and a LoRA would learn nothing"
-    _check(fields, "lora.rank", something or not rank, remedy)
-    patterns = fields["lora.patterns"]
-    texts = patterns and all(isinstance(pattern, str) for pattern in patterns)
-    _check(fields, "lora.patterns", texts, "should be patterns of linears, such as 'double_blocks.*'")
-    remedy = f"is not read where lora.rank is {rank}: a LoRA's moments are where parallel.lora has it"
-    _check(fields, "parallel.moments", not (rank and fields["parallel.moments"]), remedy)
-
-
-def _check_remat(fields: Mapping[str, Any]) -> None:
-    keep, policy, rank = fields["remat.keep"], fields["remat.policy"], fields["lora.rank"]
-    texts = keep and all(isinstance(pattern, str) for pattern in keep)
-    remedy = "should be 'attention', and patterns of linears such as 'single_blocks.linear2'; or remat.policy 'full'"
-    _check(fields, "remat.keep", texts, remedy)
-    usual = list(keep) == ["attention"]
-    _check(fields, "remat.keep", usual or policy == "selective", "is read only where remat.policy is 'selective'")
-    remedy = f"of linears nothing is kept where lora.rank is {rank}; leave it at ('attention',)"
-    _check(fields, "remat.keep", usual or not rank, remedy)
+    check(fields, "parallel.ulysses", used, "is read only where parallel.attention is 'ulysses'")
+    check(fields, "parallel.ulysses", ulysses == -1 or ulysses >= 1, "should be at least 1, or -1 for all of context")
+    check_groups(fields, usual)
 
 
 def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -345,7 +307,7 @@ def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(f"{field} is not set: a config should start from flux_func.config.default()")
         value, kind = fields[field], OPTIONAL.get(field)
         remedy = f"should be None or a {kind.__name__}" if kind else f"should be of the type of {usual!r}, its default"
-        _check(fields, field, _is_of(kind or type(usual), value) or (kind and value is None), remedy)
+        check(fields, field, _is_of(kind or type(usual), value) or (kind and value is None), remedy)
     return fields
 
 
@@ -360,20 +322,6 @@ def check_known(fields: Iterable[str]) -> None:
     for field in fields:
         if field not in known and field not in groups:
             raise UserError(f"{field} is no field of the config: {nearest(field, known)}see flux_func/config.py")
-
-
-def nearest(value: str, choices: Iterable[str]) -> str:
-    """Returns "did you mean ...? " for the choice nearest to a value, or "" where none is near."""
-    import difflib
-
-    near = difflib.get_close_matches(value, list(choices), n=1)
-    return f"did you mean {near[0]!r}? " if near else ""
-
-
-def one_of(value: Any, choices) -> str:
-    """Returns the remedy for a value that is none of `choices`: the nearest one, and all of them."""
-    listed = ", ".join(repr(choice) for choice in choices)
-    return f"{nearest(str(value), map(str, choices))}should be one of {listed}"
 
 
 def check_resume(saved: Mapping[str, Any], config: ml_collections.ConfigDict) -> None:
@@ -392,8 +340,3 @@ def check_resume(saved: Mapping[str, Any], config: ml_collections.ConfigDict) ->
                 f"{field} is {new!r}, but the checkpoint in the workdir was written with {old!r}: "
                 f"set it back, or name another --workdir"
             )
-
-
-def _check(fields: Mapping[str, Any], field: str, good: Any, remedy: str) -> None:
-    if not good:
-        raise UserError(f"{field} is {fields[field]!r}: {remedy}")

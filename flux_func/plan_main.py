@@ -131,6 +131,8 @@ def complete(config: ml_collections.ConfigDict) -> Iterator[ml_collections.Confi
             config.model.init = "nonzero"  # whatever the weights under a LoRA are
         config.compile.update(enabled=False, mode="")  # counted eager: compiled, nothing more is kept or sent
         config.kernels.attention = ""  # nor by another kernel
+        # Nor in Float8, of which as much is kept: the time is that in bfloat16.
+        config.numerics.update(linear="", patterns=configs.default().numerics.patterns)
         if config.data.source != "digits":
             config.data.path = config.data.path or "not given"
         yield config

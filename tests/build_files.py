@@ -34,7 +34,13 @@ ELSEWHERE = ("torchtitan",)
 # Folders that are no packages: their modules are imported by their bare names.
 BARE = ("configs", "docs", "docs.gallery", "flux_func.parity.references")
 # Files that a source names by path.
-CONFIGS = ("flux_func/train_main.py", "tests/helpers/tiny_run.py", "tests/test_cli.py", "tests/test_config.py")
+CONFIGS = (
+    "docs/h200.py",
+    "flux_func/train_main.py",
+    "tests/helpers/tiny_run.py",
+    "tests/test_cli.py",
+    "tests/test_config.py",
+)
 DATA = dict.fromkeys(CONFIGS, ["//configs"])
 REFERENCES = ("flux_func/bench/serve.py", "flux_func/parity/process.py")
 DATA |= dict.fromkeys(REFERENCES, ["//flux_func/parity/references", "//flux_func/parity/references:answer"])
@@ -44,12 +50,13 @@ READ_THE_CHECKOUT = (
     "tests/test_build.py",
     "tests/test_docs.py",
     "tests/test_gallery.py",
+    "tests/test_h200.py",
     "tests/test_setup.py",
 )
 # What each layer may import of ours; "main" is every program, "api" is flux_func/__init__.py.
 CORE = {"tree", "random"}
 MODELS = CORE | {"models"}
-SETTINGS = MODELS | {"config", "errors"}
+SETTINGS = MODELS | {"config", "config_checks", "errors"}
 PARALLEL = MODELS | {"errors", "flow", "transforms", "parallel"}
 TRAIN = SETTINGS | PARALLEL | {"data", "interop", "launch", "train"}
 LAYERS = {
@@ -60,7 +67,8 @@ LAYERS = {
     "launch": {"errors", "launch"},
     "parallel": PARALLEL,
     "plan": PARALLEL | {"plan"},
-    "config": {"errors", "models", "tree"},
+    "config_checks": {"errors", "models"},
+    "config": {"config_checks", "errors", "models", "tree"},
     "data": SETTINGS | {"data"},
     "interop": SETTINGS | {"transforms", "interop"},
     "train": TRAIN,

@@ -5,7 +5,10 @@ import sys
 
 import flux_func as ff
 
-HEAVY = ("jax", "orbax", "grain", "transformers", "matplotlib", "sklearn", "scipy", "tensorboard", "ml_collections")
+HEAVY = (
+    *("jax", "orbax", "grain", "transformers", "datasets", "matplotlib", "sklearn", "scipy", "tensorboard", "torchao"),
+    *("ml_collections", "absl", "torch._dynamo", "torch.distributed.tensor", "sympy"),
+)  # fmt: skip
 
 
 def test_the_names_are_there():

@@ -59,6 +59,9 @@ def test_flux_dev_and_schnell_have_torchtitans_hyperparameters():
         ("remat.policy", "half", "'none', 'full', 'selective'"),
         ("kernels.attention", "cudn", "did you mean 'cudnn'?"),
         ("numerics.compute", "float8", "'float32', 'bfloat16'"),
+        ("numerics.linear", "float8_roewise", "did you mean 'float8_rowwise'?"),
+        ("numerics.rounding", "up", "'stochastic', 'nearest'"),
+        ("optimizer.moments", "8bits", "did you mean '8bit'?"),
         ("text.max_length", 0, "at least 1"),
         ("ema.decay", 1.2, "in [0, 1]"),
     ],
@@ -105,6 +108,29 @@ def test_a_path_that_is_needed_is_asked_for(fields, named):
         ),
         ({"remat.keep": ("*.linear1",)}, "remat.keep is ['*.linear1']: is read only where remat.policy is 'selective'"),
         ({"remat.policy": "selective", "remat.keep": ()}, "remat.keep is []: should be 'attention', and patterns of"),
+        ({"numerics.linear": "mxfp8"}, "numerics.linear is 'mxfp8': is read only where numerics.compute is 'bfloat16'"),
+        ({"numerics.patterns": ("*",)}, "numerics.patterns is ['*']: is read only where numerics.linear is not ''"),
+        (
+            {"numerics.compute": "bfloat16", "numerics.linear": "mxfp8", "numerics.patterns": (1,)},
+            "numerics.patterns is [1]: should be patterns of linears, such as 'single_blocks.linear1'",
+        ),
+        (
+            {
+                "numerics.compute": "bfloat16",
+                "numerics.linear": "mxfp8",
+                "remat.policy": "selective",
+                "remat.keep": ("*.linear1",),
+            },
+            "remat.keep is ['*.linear1']: of linears nothing is kept where numerics.linear is 'mxfp8'",
+        ),
+        (
+            {"numerics.rounding": "nearest"},
+            "numerics.rounding is 'nearest': is read only where numerics.param or optim",
+        ),
+        (
+            {"optimizer.name": "SGD", "optimizer.moments": "8bit"},
+            "optimizer.moments is '8bit': is read only where optimizer.name is 'adamw'",
+        ),
     ],
 )
 def test_a_field_that_would_be_ignored_is_named(fields, said):
@@ -123,6 +149,9 @@ def test_a_field_that_would_be_ignored_is_named(fields, said):
         {"model.weights": "w", "model.flavor": "", "model.guidance_embed": True, "model.qk_norm_eps": 1e-5},
         {"model.weights": "w", "model.flavor": "flux-dev"},
         {"model.qk_norm_eps": 1},
+        {"numerics.param": "bfloat16", "numerics.rounding": "nearest"},
+        {"optimizer.moments": "bfloat16", "numerics.rounding": "nearest"},
+        {"numerics.compute": "bfloat16", "numerics.linear": "mxfp8", "remat.policy": "selective"},
     ],
 )
 def test_what_may_be_left_out_or_set_together(fields):

@@ -3,7 +3,7 @@
 After black-forest-labs/flux, `modules/layers.py`. The carry is what is differentiated:
 
   into the stem   img [B, N, in_channels], txt [B, L, context_in_dim], y [B, vec_in_dim], timesteps [B], guidance [B]
-  double blocks   img [B, N, C], txt [B, L, C], vec [B, C]
+  double blocks   img [B, N, C], txt [B, L, C], vec [B, C] (float32 at least)
   single blocks   stream [B, L + N, C] (text first), vec [B, C]
   out of the head img [B, N, out_channels]
 
@@ -22,16 +22,16 @@ TIME_FEATURES = 256
 
 
 def stem(params: Params, carry: dict, const: dict, ops: Ops) -> dict:
-    """Embeds patches, text and conditioning; everything after it is in the parameters' type."""
+    """Embeds patches, text and conditioning; everything after it is in the parameters' type, but for vec."""
     del const
     dtype = params["img_in"]["weight"].dtype
+    # A sample's conditioning is one row, whose rounding would be the same in every token of every block.
+    wide = layers.at_least_float32(dtype)
     features = functools.partial(layers.timestep_embedding, dim=TIME_FEATURES)
-    vec = layers.mlp_embedder(params["time_in"], features(carry["timesteps"]).to(dtype), ops, "time_in")
+    vec = layers.mlp_embedder(params["time_in"], features(carry["timesteps"]).to(wide), ops, "time_in")
     if "guidance_in" in params:
-        vec = vec + layers.mlp_embedder(
-            params["guidance_in"], features(carry["guidance"]).to(dtype), ops, "guidance_in"
-        )
-    vec = vec + layers.mlp_embedder(params["vector_in"], carry["y"].to(dtype), ops, "vector_in")
+        vec = vec + layers.mlp_embedder(params["guidance_in"], features(carry["guidance"]).to(wide), ops, "guidance_in")
+    vec = vec + layers.mlp_embedder(params["vector_in"], carry["y"].to(wide), ops, "vector_in")
     return {
         "img": ops.linear(params["img_in"], carry["img"].to(dtype), "img_in"),
         "txt": ops.linear(params["txt_in"], carry["txt"].to(dtype), "txt_in"),

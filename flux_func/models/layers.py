@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from flux_func import tree
 from flux_func.models.attention import attention
 
 Params = dict[str, Any]
@@ -116,14 +117,15 @@ def apply_rope(x: Tensor, table: Rope) -> Tensor:
 
 
 def mlp_embedder(params: Params, x: Tensor, ops: Ops, path: str) -> Tensor:
-    """Returns out_layer(silu(in_layer(x))); [B, in] to [B, C]."""
+    """Returns out_layer(silu(in_layer(x))); [B, in] to [B, C], in the type of x."""
+    params = tree.map(lambda leaf: leaf.to(x.dtype), params)
     hidden = F.silu(ops.linear(params["in_layer"], x, f"{path}.in_layer"))
     return ops.linear(params["out_layer"], hidden, f"{path}.out_layer")
 
 
 def modulation(params: Params, vec: Tensor, parts: int, ops: Ops, path: str) -> tuple[Tensor, ...]:
     """Returns `parts` tensors [B, 1, C] (shift, scale, gate, ...) from the conditioning vec [B, C]."""
-    return ops.linear(params, F.silu(vec), path)[:, None, :].chunk(parts, dim=-1)
+    return ops.linear(params, F.silu(vec).to(params["weight"].dtype), path)[:, None, :].chunk(parts, dim=-1)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ from flux_func import tree
 from flux_func.errors import UserError
 from flux_func.parallel.mesh import AXES, Mesh
 
+# From a number's place in a process's part of a leaf to its place in the leaf: (first, run, gap), see `Placement.span`.
+Span = tuple[int, int, int]
 Row = tuple[str, Mapping[str, int]]
 Table = Sequence[Row]
 
@@ -69,6 +71,17 @@ class Placement:
     def local_bytes(self, mesh: Mesh) -> int:
         """Returns the bytes of what each process has of the leaf."""
         return math.prod(self.local_shape(mesh)) * self.dtype.itemsize
+
+    def span(self, mesh: Mesh) -> Span:
+        """Returns where this process's numbers are among the leaf's, both in the order of memory.
+
+        The first one's place, how many follow on each other in the leaf, and how many of others' come after those.
+        """
+        if not self.axes:
+            return 0, math.prod(self.shape), 0
+        whole = math.prod(self.shape[self.dim :])
+        run = whole // mesh.size(self.axes)
+        return mesh.index(self.axes) * run, run, whole - run
 
     def torch(self) -> list[Any]:
         """Returns it as DTensor says it: a placement for each axis of the mesh."""
@@ -286,8 +299,8 @@ def of_state(
 ) -> dict[str, Placement]:
     """Returns the placement of every leaf of a train state {dotted path: tensor}, meta tensors too.
 
-    Parameters and their average are placed as `params` say; what an optimizer keeps of a parameter's shape as `grads`
-    say; the rest, such as counts of steps, is in every process.
+    Parameters and their average are placed as `params` say; what an optimizer keeps of a parameter's shape, or for each
+    block of its last dimension, as `grads` say; the rest, such as counts of steps, is in every process.
     """
     found = {}
     for path, leaf in state.items():
@@ -295,9 +308,21 @@ def of_state(
         place = (
             params.get(rest) if member != "opt" else next((grads[name] for name in _named(rest) if name in grads), None)
         )
-        fits = place is not None and place.shape == tuple(leaf.shape)
-        found[path] = replace(place, dtype=leaf.dtype) if fits else Placement(tuple(leaf.shape), leaf.dtype)
+        shape = tuple(leaf.shape)
+        fits = place is not None and _is_of(shape, place.shape)
+        found[path] = replace(place, shape=shape, dtype=leaf.dtype) if fits else Placement(shape, leaf.dtype)
     return found
+
+
+def _is_of(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+    """Returns whether a shape is a leaf's, or that of a number for each block of the leaf's last dimension."""
+    blocks = len(shape) == len(whole) > 1 and shape[:-1] == whole[:-1] and shape[-1] and whole[-1] % shape[-1] == 0
+    return shape == whole or bool(blocks)
+
+
+def spans(places: tree.Tree, mesh: Mesh) -> dict[str, Span]:
+    """Returns {dotted path: `Placement.span`} of a tree of placements."""
+    return {path: place.span(mesh) for path, place in tree.flatten(places).items()}
 
 
 def _named(path: str) -> Iterator[str]:

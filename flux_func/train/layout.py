@@ -2,10 +2,11 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import ml_collections
 import torch
+from torch import Tensor
 
 from flux_func import tree
 from flux_func.config import one_of
@@ -16,9 +17,10 @@ from flux_func.parallel import attention, placements, sharding
 from flux_func.parallel.mesh import Mesh
 from flux_func.parallel.placements import Placement
 from flux_func.parallel.sharding import Sharding
+from flux_func.train import moments
 from flux_func.train import optimizer as optimizers
 from flux_func.train.state import DTYPES, trained
-from flux_func.transforms import compiled
+from flux_func.transforms import compiled, quantized
 from flux_func.transforms.remat import Policy
 
 
@@ -39,10 +41,12 @@ def build(
     if config.lora.rank:
         made = _of_lora(config, cfg, made)
     _check_kernel(config, cfg, device)
-    _check_remat(config, cfg)
+    _check_patterns(config, cfg, "remat.keep", ("attention",))
     _check_batch(config, made)
     _check_sequence(config, cfg, made)
+    _check_linear(config, cfg, made, device)
     _check_optimizer(config, optimizer, made)
+    _check_blocks(config, made)
     return made
 
 
@@ -63,12 +67,16 @@ def _of_lora(config: ml_collections.ConfigDict, cfg: flux.FluxConfig, base: Shar
 
 
 def ops(config: ml_collections.ConfigDict, cfg: flux.FluxConfig, made: Sharding) -> Ops:
-    """Returns how a training step's operations are done: compiled, and with attention over a sequence's processes."""
+    """Returns how a training step does the model's operations, over the processes of a sequence where it is split."""
     found, p, kernel = Ops(), config.parallel, config.kernels.attention
     if made.splits:
         found = Ops(attention=attention.context_attention(p.attention, made.mesh, cfg.num_heads, p.ulysses, kernel))
     elif kernel:
         found = Ops(attention=functools.partial(layers.attention, kernel=kernel))
+    if config.numerics.linear:
+        emulate = made.device.type == "cpu"
+        linear = quantized.linear(config.numerics.linear, _quantized(config, cfg), emulate=emulate)
+        found = dataclasses.replace(found, linear=linear)
     if config.compile.enabled:
         options = {"mode": config.compile.mode} if config.compile.mode else {}
         found = dataclasses.replace(found, wrap_stage=compiled.stages(backend=config.compile.backend, **options))
@@ -126,11 +134,66 @@ def _check_kernel(config: ml_collections.ConfigDict, cfg: flux.FluxConfig, devic
         raise UserError(f"kernels.attention is {name!r}: {reason}; choose another, or '' for torch's choice") from error
 
 
-def _check_remat(config: ml_collections.ConfigDict, cfg: flux.FluxConfig) -> None:
-    keep, known = tuple(config.remat.keep), flux.linears(cfg)
-    for pattern in keep:
-        if pattern != "attention" and not any(tree.match([pattern], path) for path in known):
-            raise UserError(f"remat.keep is {keep}: {pattern!r} fits no linear: {one_of(pattern, known)}")
+def _check_patterns(
+    config: ml_collections.ConfigDict, cfg: flux.FluxConfig, field: str, beside: Sequence[str] = ()
+) -> None:
+    group, _, name = field.partition(".")
+    patterns, known = tuple(config[group][name]), flux.linears(cfg)
+    for pattern in patterns:
+        if pattern not in beside and not any(tree.match([pattern], path) for path in known):
+            raise UserError(f"{field} is {patterns}: {pattern!r} fits no linear: {one_of(pattern, known)}")
+
+
+def _check_linear(
+    config: ml_collections.ConfigDict, cfg: flux.FluxConfig, made: Sharding, device: torch.device
+) -> None:
+    recipe = config.numerics.linear
+    if not recipe:
+        return
+    _check_patterns(config, cfg, "numerics.patterns")
+    where, paths = f"numerics.linear is {recipe!r}", _quantized(config, cfg)
+    try:
+        if device.type != "meta":  # as where a plan is made
+            quantized.check_device(recipe, device)
+    except ImportError as error:
+        raise UserError(f"{where}: needs torchao 0.18 or newer ({error}): pip install 'flux-func[quant]'") from error
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+
+    def linear(params: layers.Params, x: Tensor, path: str) -> Tensor:
+        if path in paths:
+            quantized.check(recipe, path, x, params["weight"])
+        return layers.linear(params, x, path)
+
+    try:
+        _look(config, cfg, made, Ops(linear=linear))
+    except ValueError as error:
+        raise UserError(f"{where}: {error}; leave it out of numerics.patterns, or change train.batch_size") from error
+
+
+def _quantized(config: ml_collections.ConfigDict, cfg: flux.FluxConfig) -> frozenset[str]:
+    """Returns the paths of the linears that numerics.linear is for."""
+    return frozenset(path for path in flux.linears(cfg) if tree.match(config.numerics.patterns, path))
+
+
+def _look(config: ml_collections.ConfigDict, cfg: flux.FluxConfig, made: Sharding, ops: Ops) -> None:
+    """Runs a block of each kind on a process's micro-batch without memory, for what the ops see of it."""
+    batch = config.train.batch_size // (made.mesh.size(made.batch_axes) * config.train.accumulate)
+    parts = made.mesh.sizes["context"] if made.splits else 1
+    image, text = (config.data.image_size // 16) ** 2 // parts, config.text.max_length // parts
+    cfg, make = dataclasses.replace(cfg, depth=1, depth_single_blocks=1), functools.partial(torch.empty, device="meta")
+    flux.apply(
+        flux.abstract(cfg, DTYPES[config.numerics.compute]),
+        cfg,
+        img=make(batch, image, cfg.in_channels),
+        img_ids=make(1, image, len(cfg.axes_dim)),
+        txt=make(batch, text, cfg.context_in_dim),
+        txt_ids=make(1, text, len(cfg.axes_dim)),
+        timesteps=make(batch),
+        y=make(batch, cfg.vec_in_dim),
+        guidance=make(batch) if cfg.guidance_embed else None,
+        ops=ops,
+    )
 
 
 def _check_batch(config: ml_collections.ConfigDict, made: Sharding) -> None:
@@ -168,3 +231,16 @@ def _check_optimizer(config: ml_collections.ConfigDict, optimizer: optimizers.Op
             f"optimizer.name is {config.optimizer.name!r}: mixes the numbers of a leaf, which are split over "
             f"processes; choose another, or have leaves whole: --config.parallel.{table}='((\"*\", {{}}),)'{moments}"
         )
+
+
+def _check_blocks(config: ml_collections.ConfigDict, made: Sharding) -> None:
+    if config.optimizer.moments != "8bit":
+        return
+    for path, place in tree.flatten(made.grads).items():
+        local, size = place.local_shape(made.mesh), moments.block(place.shape)
+        if moments.block(local) != size:
+            raise UserError(
+                f"optimizer.moments is '8bit': {path} {list(place.shape)} is {placements.say(place, made.mesh)}, "
+                f"{local[-1]} numbers of a row for a process, and {size} share a scale: split it over dimension 0, or "
+                f"choose 'bfloat16'"
+            )

@@ -5,13 +5,15 @@
     params, state = opt.update(grads, state, params)
 
 `update` takes over the old params and state: it writes into their tensors and returns the same trees. Arithmetic is
-torch's own kernels; a state is a tree of tensors, so a checkpoint holds it like any other tree.
+torch's own kernels, but where numbers are kept narrower than they are updated in (`moments.py`); a state is a tree of
+tensors, so a checkpoint holds it like any other tree.
 """
 
 import ast
+import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +21,8 @@ from torch import Tensor
 
 from flux_func import tree
 from flux_func.errors import UserError
+from flux_func.parallel.placements import Span
+from flux_func.train import moments as formats
 from flux_func.tree import Tree
 
 # From the number of updates already made (a number, or a scalar tensor) to the learning rate of the next.
@@ -30,8 +34,9 @@ class Optimizer(NamedTuple):
 
     Attributes:
       init: `params -> state`.
-      update: `(grads, state, params, scale=None) -> (params, state)`; params and state are donated. `scale` is a scalar
-        tensor that the gradients are first multiplied by, which may be done in place.
+      update: `(grads, state, params, scale=None, spans=None) -> (params, state)`; params and state are donated. `scale`
+        is a scalar tensor that the gradients are first multiplied by, which may be done in place; `spans` say by path
+        where params are in leaves of which they are parts.
     """
 
     init: Callable[[Tree], Tree]
@@ -43,44 +48,56 @@ def adamw(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
+    *,
+    moments: str = "",
+    rounding: str = "nearest",
+    seed: int = 0,
+    compiled: Mapping[str, Any] | None = None,
 ) -> Optimizer:
-    """Returns AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) by torch's fused kernel.
+    """Returns AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101).
 
-    The state is {"exp_avg", "exp_avg_sq": trees like the parameters, in their types; "step": float32 scalar, the
-    updates made}. The step stays on the parameters' device, so that an update waits for nothing. There is no other
-    kernel to fall back to: a device or type that the fused one does not know is torch's error, and
-    `from_torch(torch.optim.AdamW, ...)` the slower way.
+    The state is {"exp_avg", "exp_avg_sq": trees like the parameters, of tensors or of {"codes", "scale"}; "step":
+    float32 scalar, the updates made}. The step stays on the parameters' device, so that an update waits for nothing.
+
+    A leaf whose moments have its type, and that is rounded to the nearest, is updated by torch's fused kernel. There is
+    no other to fall back to: a device or type that it does not know is torch's error, and
+    `from_torch(torch.optim.AdamW, ...)` the slower way. Any other leaf is updated by `moments.py`.
 
     Args:
       lr: the learning rate, or a schedule that is handed "step", a scalar tensor.
       betas: decay of the two moments, in [0, 1).
       eps: added to the root of the second moment.
       weight_decay: decoupled, times lr.
+      moments: "float32", "bfloat16", or "8bit" by torchao, of matrices; "": the parameters' type.
+      rounding: of what is kept in bfloat16: "nearest", or "stochastic", which loses nothing on average.
+      seed: of stochastic rounding, whose draws count a number's place in the leaf and the updates made.
+      compiled: torch.compile's options, for leaves that the fused kernel does not take; None: they are not compiled.
 
     Raises:
-      ValueError: betas out of range; parameters that are not contiguous (in `init`); trees that differ (in `update`).
+      ValueError: betas out of range, moments or rounding that there is not; parameters that are not contiguous (in
+        `init`); trees that differ (in `update`). ImportError: moments in 8 bits without torchao.
     """
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas is {tuple(betas)}: should be two numbers in [0, 1)")
+    formats.check(moments, rounding)
+    advance = formats.updater(betas, eps, weight_decay, rounding, seed, compiled)
 
     def init(params: Tree) -> Tree:
-        moments = {name: tree.map(torch.zeros_like, _contiguous(params)) for name in ("exp_avg", "exp_avg_sq")}
-        return {**moments, "step": torch.zeros((), device=tree.leaves(params)[0].device)}
+        zeros = functools.partial(formats.zeros, moments)
+        made = {name: tree.map(zeros, _contiguous(params)) for name in ("exp_avg", "exp_avg_sq")}
+        return {**made, "step": torch.zeros((), device=tree.leaves(params)[0].device)}
 
     @torch.no_grad()
-    def update(grads: Tree, state: Tree, params: Tree, scale: Tensor | None = None) -> tuple[Tree, Tree]:
-        step = state["step"]
+    def update(
+        grads: Tree, state: Tree, params: Tree, scale: Tensor | None = None, spans: Mapping[str, Span] | None = None
+    ) -> tuple[Tree, Tree]:
+        step, rows = state["step"], []
         rate = lr(step) if callable(lr) else lr
         if isinstance(rate, Tensor):
             rate = rate.to(step.device, torch.float32)
-        count = step + 1
-        hyper = dict(lr=rate, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay)
-        trees = (params, _like(grads, params), state["exp_avg"], state["exp_avg_sq"])
-        for group in _by_type([tree.leaves(t) for t in trees]):
-            steps = [count] * len(group[0])
-            divisor = _divisor(group[1], scale)
-            torch._fused_adamw_(*group, [], steps, **hyper, amsgrad=False, maximize=False, grad_scale=divisor)
-        step.copy_(count)
+        tree.map(lambda *row: rows.append(row), params, _like(grads, params), state["exp_avg"], state["exp_avg_sq"])
+        advance(dict(zip(tree.flatten(params), rows, strict=True)), step, rate, scale, spans or {})
+        step.copy_(step + 1)
         return params, state
 
     return Optimizer(init, update)
@@ -137,7 +154,10 @@ def from_torch(cls: type[torch.optim.Optimizer], lr: float | Schedule, **options
         return {"state": tree.map(kept, _contiguous(params)), "step": torch.zeros((), dtype=torch.int64)}
 
     @torch.no_grad()
-    def update(grads: Tree, state: Tree, params: Tree, scale: Tensor | None = None) -> tuple[Tree, Tree]:
+    def update(
+        grads: Tree, state: Tree, params: Tree, scale: Tensor | None = None, spans: Mapping[str, Span] | None = None
+    ) -> tuple[Tree, Tree]:
+        del spans
         if scale is not None:
             torch._foreach_mul_(tree.leaves(grads), scale)
         made = int(state["step"])
@@ -163,16 +183,6 @@ def from_torch(cls: type[torch.optim.Optimizer], lr: float | Schedule, **options
     return Optimizer(init, update)
 
 
-def _divisor(grads: list[Tensor], scale: Tensor | None) -> Tensor | None:
-    """Returns what torch's fused kernels are to divide gradients by: a pass through memory less than to scale them."""
-    if scale is None:
-        return None
-    if grads[0].dtype == torch.float64:  # the divisor is of float32
-        torch._foreach_mul_(grads, scale)
-        return None
-    return scale.reciprocal().to(grads[0].device, torch.float32)
-
-
 def _contiguous(params: Tree) -> Tree:
     for path, leaf in tree.flatten(params).items():
         if not leaf.is_contiguous():
@@ -184,14 +194,6 @@ def _like(grads: Tree, params: Tree) -> Tree:
     """Returns the gradients laid out as the parameters are; ValueError where the trees differ."""
     # torch's fused kernels walk through memory whatever the strides, and are silently wrong where those differ.
     return tree.map(lambda _, grad: grad.contiguous(), params, grads)
-
-
-def _by_type(lists: list[list[Tensor]]) -> list[list[list[Tensor]]]:
-    """Returns the lists split into groups of one device and type each, which is what a fused kernel takes."""
-    groups: dict[Any, list] = {}
-    for row in zip(*lists, strict=True):
-        groups.setdefault((row[0].device, row[0].dtype), []).append(row)
-    return [[list(column) for column in zip(*rows, strict=True)] for rows in groups.values()]
 
 
 def schedule(
@@ -279,9 +281,9 @@ def is_elementwise(optimizer: Optimizer) -> bool:
 
     def change(rows: slice) -> Tensor:
         params = {"weight": draws[0][rows].clone()}
-        state = optimizer.init(params)
+        state, spans = optimizer.init(params), {"weight": (6 * rows.start, params["weight"].numel(), 0)}
         for grad in draws[1:]:
-            params, state = optimizer.update({"weight": grad[rows].clone()}, state, params)
+            params, state = optimizer.update({"weight": grad[rows].clone()}, state, params, None, spans)
         return params["weight"] - draws[0][rows]
 
     kept = tree.leaves(optimizer.init({"weight": draws[0].clone()}))
@@ -318,13 +320,19 @@ def from_config(config: Any) -> Optimizer:
         if o.options:
             raise UserError(f"optimizer.options is {o.options!r}: should be empty, adamw's settings have fields")
         try:
-            return adamw(lr, tuple(o.betas), o.eps, o.weight_decay)
+            return adamw(lr, tuple(o.betas), o.eps, o.weight_decay, moments=o.moments, **_narrow(config))
         except ValueError as error:
             raise UserError(f"optimizer.{error}") from error
+        except ImportError as error:
+            said = f"needs torchao 0.18 or newer ({error}): pip install 'flux-func[quant]'"
+            raise UserError(f"optimizer.moments is {o.moments!r}: {said}") from error
     classes = {name: cls for name, cls in vars(torch.optim).items() if _is_optimizer(cls)}
     if o.name not in classes:
         raise UserError(f"optimizer.name is {o.name!r}: {one_of(o.name, ['adamw', *sorted(classes)])}")
     _check_adamw_fields(o)
+    if config.numerics.param == "bfloat16" and config.numerics.rounding != "nearest":
+        said = f"optimizer.name {o.name!r} rounds to the nearest; set 'nearest', or choose 'adamw'"
+        raise UserError(f"numerics.rounding is {config.numerics.rounding!r}: {said}")
     cls = classes[o.name]
     try:
         _try_out(cls)
@@ -336,6 +344,12 @@ def from_config(config: Any) -> Optimizer:
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"optimizer.options is {o.options!r}: {o.name} says: {error}") from error
     return from_torch(cls, lr, **options)
+
+
+def _narrow(config: Any) -> dict[str, Any]:
+    """Returns how adamw rounds, and what with."""
+    compiled = {"backend": config.compile.backend} if config.compile.enabled else None
+    return {"rounding": config.numerics.rounding, "seed": config.train.seed, "compiled": compiled}
 
 
 def _is_optimizer(value: Any) -> bool:

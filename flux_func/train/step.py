@@ -144,7 +144,8 @@ def apply(
     """Updates this process's part of a state by its part of the gradients; returns {"loss", "grad_norm"} over all."""
     loss, norm = totals(loss, grads, sharding)
     mine = sharding.owned(here["params"])
-    optimizer.update(grads, here["opt"], mine, optimizers.clip_scale(norm, config.optimizer.clip_norm))
+    scale = optimizers.clip_scale(norm, config.optimizer.clip_norm)
+    optimizer.update(grads, here["opt"], mine, scale, placements.spans(sharding.grads, sharding.mesh))
     sharding.publish(mine, here["params"])
     if "ema" in here:
         ema.update(here["ema"], here["params"], ema.decay_at(step, config.ema.decay))

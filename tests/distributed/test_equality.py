@@ -106,6 +106,19 @@ def test_t5_by_block_is_t5_in_one_process(tmp_path):
     assert_equal(errors(mesh(shard=2, context=2), {**fields, "train.accumulate": 2}, expected=expected))
 
 
+FLOAT8 = {"numerics.compute": "bfloat16", "numerics.linear": "float8_rowwise"}
+
+
+@pytest.mark.parametrize(
+    "sizes, gradient", [(mesh(replicate=2), 2e-2), (mesh(shard=2), 2e-2), (mesh(context=2), 0.1)], ids=str
+)
+def test_float8_is_what_it_is_in_one_process(sizes, gradient):
+    # Scales are of what a process has of a batch, powers of two: but for what is too small for them nothing changes.
+    # Attention's sums in another order do change numbers of bfloat16, and those Float8's.
+    found = errors(sizes, FLOAT8, expected=rank_training.train(0, ONE, FLOAT8, 3))
+    assert found[0] <= gradient and found[1] <= 1e-3 and found[2] <= 1e-2, found
+
+
 @pytest.mark.parametrize("fault", ["no attention", "no reduction", "same noise"])
 def test_the_comparison_sees_what_is_wrong(fault):
     found = errors(mesh(replicate=2), {}, fault)

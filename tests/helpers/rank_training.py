@@ -39,9 +39,9 @@ def train(
     sharding = layout.build(made, cfg, chosen, mesh.build(made.parallel), device)
     current, first = state.create(made, cfg, chosen, device, sharding=sharding), {}
 
-    def update(grads: Any, kept: Any, params: Any, scale: Any) -> Any:
+    def update(grads: Any, *given: Any) -> Any:
         first.update({} if first else {path: grad.clone() for path, grad in tree.flatten(grads).items()})
-        return chosen.update(grads, kept, params, scale)
+        return chosen.update(grads, *given)
 
     ops = layout.ops(made, cfg, sharding)
     if fault == "no attention":

@@ -63,6 +63,20 @@ def test_recomputation_keeps_less_and_computes_more():
         assert again.backward.operations == stage.backward.operations + stage.forward.operations
 
 
+def test_what_is_kept_of_flux_debug_under_recomputation_is_little():
+    alone = dict.fromkeys(SIZES, 1)
+    real = {"model.flavor": "flux-debug", "data.image_size": 256, "text.max_length": 256, "train.batch_size": 8}
+
+    def kept(policy):
+        problem, found = measured({**real, "remat.policy": policy}, alone)
+        params = flux.abstract(problem.cfg)
+        units = costs.units(problem.cfg).values()
+        return sum(found.stages[costs.kind(unit, params)].forward.kept for unit in units)
+
+    none, selective, full = (kept(policy) for policy in ("none", "selective", "full"))
+    assert full <= 0.15 * none and full < selective <= 0.15 * none
+
+
 def test_alone_nothing_is_sent_and_gradients_are_handed_back():
     _, found = measured(sizes=dict.fromkeys(SIZES, 1))
     assert found.alias

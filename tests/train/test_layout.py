@@ -1,6 +1,7 @@
 """What cannot be laid out is refused with what could be; what can is said in a table."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from flux_func.errors import UserError
 from flux_func.models import blocks, flux
 from flux_func.parallel.mesh import AXES, Mesh
 from flux_func.train import layout, optimizer, state
+from flux_func.transforms import quantized
 from tests.helpers import tiny_run
 from tests.helpers.tiny_run import CPU
 
@@ -90,6 +92,67 @@ def test_a_kernel_that_the_device_has_not_is_no_silent_other_one():
     )
     made, config, _ = build({"kernels.attention": "math"}, mesh(1, 1, 1))
     assert layout.ops(config, state.model_config(config), made).attention.keywords == {"kernel": "math"}
+
+
+FLOAT8 = {"numerics.compute": "bfloat16", "numerics.linear": "float8_rowwise"}
+
+
+@pytest.mark.parametrize(
+    "fields, sizes, said",
+    [
+        ({"numerics.patterns": ("double_block.*",)}, (1, 1, 1), "'double_block.*' fits no linear: "),
+        ({"numerics.patterns": ("*",)}, (1, 1, 1), "time_in.in_layer multiplies torch.float32 by torch"),
+        ({"numerics.patterns": ("*_mod.lin",)}, (1, 1, 1), "double_blocks.txt_mod.lin has 12 rows of input: "),
+        ({"text.max_length": 4, "train.accumulate": 2}, (1, 1, 1), "double_blocks.txt_attn.qkv has 24 rows of input"),
+        ({"train.batch_size": 2}, (1, 2, 1), "double_blocks.txt_attn.qkv has 8 rows of input"),
+        ({"train.batch_size": 2}, (1, 1, 2), "double_blocks.txt_attn.qkv has 8 rows of input"),
+        ({"numerics.linear": "mxfp8", "train.batch_size": 2}, (1, 1, 1), "txt_attn.qkv has 16 rows of input: mxfp8"),
+    ],
+)
+def test_linears_that_cannot_be_quantized_are_named(fields, sizes, said):
+    assert said in refusal({**FLOAT8, **fields}, *sizes)
+
+
+def test_which_linears_are_quantized_is_a_table():
+    x, layer = torch.randn(16, 128).bfloat16(), {"weight": torch.randn(16, 128).bfloat16()}
+
+    def differ(path, **fields):
+        made, config, _ = build({**FLOAT8, **fields}, mesh(1, 1, 1))
+        ops = layout.ops(config, state.model_config(config), made)
+        return not torch.equal(ops.linear(layer, x, path), flux.Ops().linear(layer, x, path))
+
+    assert differ("double_blocks.img_mlp.0") and differ("single_blocks.linear2")
+    assert not differ("double_blocks.img_mod.lin") and not differ("img_in")
+    only = {"numerics.patterns": ("*.linear1",)}
+    assert differ("single_blocks.linear1", **only) and not differ("single_blocks.linear2", **only)
+
+
+def test_float8_without_torchao_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.float8", None)
+    quantized.linear.cache_clear()
+    said = refusal(FLOAT8, 1, 1, 1)
+    assert said.startswith("numerics.linear is 'float8_rowwise': needs torchao 0.18 or newer (")
+    assert said.endswith("): pip install 'flux-func[quant]'")
+
+
+def test_moments_in_8_bits_are_split_between_blocks_alone():
+    eight = {"optimizer.moments": "8bit"}
+    over = mesh(1, 4, 1)
+    made, config, chosen = build(eight, over)
+    flat = tree.flatten(state.abstract(config, state.model_config(config), chosen))
+    places = state.placement(state.abstract(config, state.model_config(config), chosen), made)
+    for path, place in places.items():
+        # What a process makes of its part of a parameter is its part of what is made of the whole.
+        assert place.shape == tuple(flat[path].shape) and place.dtype == flat[path].dtype
+        if path.endswith((".codes", ".scale")) and path.startswith("opt.exp_avg."):
+            assert place.axes == ("shard",) and place.dim == 0
+    columns = {"parallel.params": (("single_blocks.*.weight", {"shard": 1}), ("*", {"shard": 0}))}
+    said = refusal({**eight, **columns}, 1, 4, 1)
+    assert said == (
+        "optimizer.moments is '8bit': single_blocks.0.linear1.weight [896, 128] is dimension 1 over shard=4, 32 "
+        "numbers of a row for a process, and 128 share a scale: split it over dimension 0, or choose 'bfloat16'"
+    )
+    build({"optimizer.moments": "bfloat16", **columns}, over)
 
 
 def test_one_config_serves_any_size_of_context():
