@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import ml_collections
 import torch
 from absl import flags
@@ -161,10 +162,10 @@ def draw(found: Mapping[str, Row], path: Path) -> None:
     above, below = figure.subplots(2, 1, sharex=True)
     wide = means(found["float32"].losses)
     steps = range(WINDOW, len(wide) + WINDOW)
-    for name, row in found.items():
-        mean = means(row.losses)
-        above.plot(steps, mean, label=name, linewidth=1)
-        below.plot(steps, [100 * (a / b - 1) for a, b in zip(mean, wide, strict=True)], linewidth=1)
+    for number, (name, row) in enumerate(found.items()):
+        mean, colour = means(row.losses), matplotlib.colormaps["tab20"](number)
+        above.plot(steps, mean, label=name, color=colour, linewidth=1)
+        below.plot(steps, [100 * (a / b - 1) for a, b in zip(mean, wide, strict=True)], color=colour, linewidth=1)
     above.set(
         ylabel=f"loss, mean of {WINDOW} steps", title="flux-tiny on the digits, each policy from the same weights"
     )
