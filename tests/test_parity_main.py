@@ -24,6 +24,8 @@ def folder(tmp_path, monkeypatch):
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr(parity_main.tempfile, "tempdir", str(scratch))
+    # Diffusers imports torchao where there is one, and that torch's compiler, which makes a folder of its own.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     yield tmp_path / "here"

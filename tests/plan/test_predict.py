@@ -10,6 +10,7 @@ from flux_func import plan_main
 from flux_func.models import flops
 from flux_func.plan import devices, predict, trace
 from flux_func.plan.meter import Compute, Cost, Send, Wait
+from flux_func.train import moments
 from tests.helpers import rank_plan, ranks
 
 H100 = devices.DEVICES["h100"]
@@ -67,6 +68,20 @@ def test_peak_of_everything_else_is_as_counted(world):
     for case, expected, found in measured(world):
         for each in found:
             assert each["working"] == pytest.approx(expected.working, rel=0.05), case
+
+
+@pytest.mark.parametrize("more", [{"optimizer.moments": "8bit"}, {"optimizer.moments": "bfloat16"}, {}])
+def test_narrow_states_are_as_counted(monkeypatch, more):
+    # Of a GPU's memory more is taken for an update's parts than of a CPU's cache.
+    monkeypatch.setattr(moments, "PART", moments.PART_CPU)
+    fields = {"numerics.param": "bfloat16", "numerics.compute": "bfloat16", **more}
+    expected = predicted(DDP, fields)
+    for each in ranks.run(2, rank_plan.count, [(DDP, fields)]):
+        assert each[0]["state"] == sum(expected.state.values())
+        assert each[0]["working"] == pytest.approx(expected.working, rel=0.05)
+    count = flops.parameters(posed(DDP, fields).cfg)
+    most = {"8bit": 2 + 2 * (1 + 4 / 128), "bfloat16": 6, "": 6}[more.get("optimizer.moments", "")]
+    assert sum(expected.state.values()) == pytest.approx(most * count, rel=0.02)
 
 
 def test_no_more_stages_than_one_and_those_fetched_ahead_are_whole():

@@ -43,6 +43,15 @@ RUNS = {
         "optimizer.decay_steps": 9,
         "remat.policy": "full",
     },
+    "bfloat16, moments in 8 bits, Float8": {
+        "numerics.param": "bfloat16",
+        "numerics.compute": "bfloat16",
+        "numerics.reduce": "bfloat16",
+        "numerics.linear": "float8_tensorwise",
+        "optimizer.moments": "8bit",
+        "data.image_size": 64,
+        "text.max_length": 8,
+    },
 }
 
 

@@ -37,7 +37,9 @@ def test_a_run_leaves_a_trace_with_its_stages_and_a_table_which_it_prints(tmp_pa
     folder = tmp_path / "run" / "profile" / "step_000003"
     assert sorted(path.name for path in folder.iterdir()) == ["rank_0.json.gz", "top_operations.txt"]
     table = (folder / "top_operations.txt").read_text()
-    assert table in out and f"{folder} holds the trace" in out and err == ""
+    assert table in out and f"{folder} holds the trace" in out
+    # How much torch's profiler logs it reads once in a process, and a test before this one may have profiled.
+    assert [line for line in err.splitlines() if not line.startswith("USDT:")] == []
     events = read(folder / "rank_0.json.gz")
     names = [name for name, *_ in events]
     once_a_step = [*PHASES, *STAGES, *(f"{name} backward" for name in STAGES)]
