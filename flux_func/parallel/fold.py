@@ -84,8 +84,9 @@ def _lending_vjp(
     stand_ins = tree.map(lambda leaf: numbers[leaf.dtype].expand(leaf.shape), params)
 
     def run(stand_ins: Params, *carry: tree.Tree) -> Any:
+        named = iter(_Lend.apply(*tree.leaves(stand_ins), *lent))
         with saved_tensors_hooks(pack, unpack):
-            return fn(tree.map(_Lend.apply, stand_ins, params), *carry)
+            return fn(tree.map(lambda _: next(named), stand_ins), *carry)
 
     out, inner = autograd_vjp(run, stand_ins, *carry)
     lent, params = [], None
@@ -99,15 +100,17 @@ def _lending_vjp(
 
 
 class _Lend(torch.autograd.Function):
-    """A parameter's values under a stand-in's name: the graph knows the stand-in, which takes no memory."""
+    """Parameters' values under stand-ins' names: the graph knows the stand-ins, which take no memory."""
 
     @staticmethod
-    def forward(ctx: Any, stand_in: Tensor, leaf: Tensor) -> Tensor:
-        return leaf.detach()
+    def forward(ctx: Any, *stand_ins_and_leaves: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        leaves = stand_ins_and_leaves[len(stand_ins_and_leaves) // 2 :]
+        return tuple(leaf.detach() for leaf in leaves)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *grads, *(None for _ in grads)
 
 
 def _keep(vjp: Vjp) -> Visit:
