@@ -48,6 +48,14 @@ def check(reference: str, python: str, flag: str = "--reference is") -> None:
         raise UserError(_missing(flag, reference, python, lacking))
 
 
+def try_import(reference: str, python: str) -> None:
+    """Imports what a reference needs, in its own environment; UserError, with the last line, where that fails."""
+    command = [python, "-c", f"import with_{reference}"]
+    found = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=PROGRAM.parent)
+    if found.returncode:
+        raise UserError(f"--peer is {reference!r}: {python} cannot import it: {last(found.stderr)}")
+
+
 def answer(reference: str, python: str, folder: Path, say: Callable[[str], object]) -> None:
     """Lets a reference answer the questions in `folder`, and passes on what it says it is doing.
 

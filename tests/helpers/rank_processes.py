@@ -95,6 +95,7 @@ def agreements(rank: int, port: str) -> dict[str, Any]:
     from flux_func.launch import processes
 
     count = dist.get_world_size()
+    dist.barrier()  # a rank that leaves while another still connects to it breaks that one
     dist.destroy_process_group()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     processes.start(torch.device("cpu"))

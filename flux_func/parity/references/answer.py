@@ -174,6 +174,7 @@ def trajectory(reference: ModuleType, model: torch.nn.Module, settings: dict, in
 
 
 @torch.no_grad()
+@torch.backends.mkldnn.flags(enabled=False, allow_tf32=False)  # as flux_func/parity/compare.py says
 def autoencoder(reference: ModuleType, request: dict, folder: Path, inputs: Tensors, say: Callable) -> Tensors:
     """Both directions, back from the first of the trajectory's ends, if any; a draw, with the noise that was drawn."""
     model = build(
