@@ -7,7 +7,8 @@ On digits, with nothing to download; FLUX's own encoders and photographs are as 
 parameters, gradients and moments are 67, and micro-batches of 12 samples take 56 without recomputation, so that 123 are
 in use (counted eager, by the second command; compiled it is less). At 1024 pixels a micro-batch is one sample, and 109
 GiB are in use: --config.data.image_size=1024 --config.text.max_length=512 --config.train.batch_size=4. A checkpoint is
-48 GB. docs/h200.py measures the steps.
+48 GB. docs/h200.py measures the steps. PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True in the environment lets what is
+freed serve pieces of any size.
 """
 
 from flux_func import config as defaults

@@ -12,8 +12,9 @@ peer: bench_main against torchtitan, with as many of flux-schnell's blocks as bo
 curves: flux-debug for 200 steps by train_main, in float32, bfloat16 and Float8, with the same data and noise; running
 means of 10 steps are compared.
 
-Writes OUT/h200.json, h200.txt (each figure beside its goal) and h200.png. A part that fails is named with its last
-line, and the others go on. Exit code 1: a goal is missed, or a part failed.
+Writes OUT/h200.json, h200.txt (each figure beside its goal) and h200.png, again after each part, so that what was
+measured is kept whatever comes after it. A part that fails, or a type of it, is named with its cause, its traceback is
+in OUT/PART.failure.txt, and the others go on. Exit code 1: a goal is missed, or a part failed.
 """
 
 import concurrent.futures
@@ -27,6 +28,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +120,8 @@ class Goal:
 def take_steps(fields: Mapping[str, Any], device: str, rounds: int, out: Path) -> dict[str, dict[str, Any]]:
     """Returns what steps take in each of `NUMERICS`, in turn over one state; writes a profile of the first into `out`.
 
-    For a process of its own, whose memory goes with it.
+    For a process of its own, whose memory goes with it. What cannot take its first steps has {"failed": its cause}, and
+    the traceback is in a file beside `out`.
     """
     configs = {name: settings({**fields, **numerics}) for name, numerics in NUMERICS.items()}
     first = configs["bfloat16"]
@@ -126,25 +129,44 @@ def take_steps(fields: Mapping[str, Any], device: str, rounds: int, out: Path) -
     params = cases.draw(cfg, 0, state.DTYPES[first.numerics.param], device)
     here = {"params": params, "opt": optimizer.from_config(first).init(params)}
     batch = random_batch(first, cfg, device)
-    steps = {name: ours.training(config, cfg, here, batch, torch.device(device)) for name, config in configs.items()}
     tokens = ((first.data.image_size // 16) ** 2, first.text.max_length)
     operations = flops.training_flops(cfg, *tokens) * first.train.batch_size
-    found = {name: {"seconds": [], "losses": [], "peak_bytes": 0, "flops": operations} for name in steps}
-    for number in range(WARMUP + rounds):
+    found, steps = {}, {}
+    for name, config in configs.items():
+        try:
+            steps[name] = ours.training(config, cfg, here, batch, torch.device(device))
+            warm = [serve.timed(steps[name], device)[1] for _ in range(WARMUP)]
+            found[name] = {"seconds": [], "losses": warm, "peak_bytes": 0, "flops": operations}
+        except Exception as error:  # the other's time is worth something
+            steps.pop(name, None)
+            found[name] = {"failed": cause(error, out.with_name(f"{out.name}.{name}"))}
+    for _ in range(rounds):
         for name, step in steps.items():
             serve.reset_peak(device)
             seconds, loss = serve.timed(step, device)
             found[name]["losses"].append(loss)
-            if number >= WARMUP:
-                found[name]["seconds"].append(seconds)
-                found[name]["peak_bytes"] = max(found[name]["peak_bytes"], serve.peak_bytes(device))
-            if not math.isfinite(loss):
-                raise ValueError(f"the loss in {name} is {loss} after {number} steps")
+            found[name]["seconds"].append(seconds)
+            found[name]["peak_bytes"] = max(found[name]["peak_bytes"], serve.peak_bytes(device))
+    try:
+        trace_one(steps["bfloat16"], device, out)
+    except Exception as error:  # a profiler may fail by itself
+        found["bfloat16"]["profile"] = cause(error, out.with_name(f"{out.name}.profile"))
+    return found
+
+
+def trace_one(step: Callable[[], Any], device: str, out: Path) -> None:
+    """Writes a profile of one step, after some, into `out`."""
     with profile.traced(1, 0, out, torch.device(device), print, contextlib.nullcontext) as trace:
         for _ in range(profile.WARMUP + 1):
-            steps["bfloat16"]()
+            step()
             trace()
-    return found
+
+
+def cause(error: Exception, path: Path) -> str:
+    """Returns in a line what went wrong; writes the traceback into PATH.failure.txt."""
+    path.with_name(f"{path.name}.failure.txt").write_text("".join(traceback.format_exception(error)))
+    said = " ".join(line.strip() for line in str(error).splitlines()[:3] if line.strip())
+    return f"{type(error).__name__}: {said}"
 
 
 def settings(fields: Mapping[str, Any]) -> ml_collections.ConfigDict:
@@ -172,6 +194,7 @@ def beside(
     peer: str, python: str | None, given: Sequence[str], device: str, rounds: int, out: Path
 ) -> dict[str, float]:
     """Returns the median seconds of a training step, ours and a peer's, as bench_main finds them."""
+    process.try_import(peer, python or sys.executable)  # now, and not when its weights are written
     command = ["bench_main", f"--peers=ours,{peer}", f"--out={out / 'bench'}", f"--device={device}", *given]
     command += ["--dtype=bfloat16", f"--rounds={rounds}"]
     call({"peer": command + ([f"--reference_python={python}"] if python else [])}, out)
@@ -218,10 +241,10 @@ def goals(found: Mapping[str, Any], peak_tflops: float) -> list[Goal]:
     """Returns every figure that was found, beside what it should be."""
     listed = []
     for part in ("256", "1024"):
-        if part in found:
-            rates = {name: tflops(row) for name, row in found[part].items()}
-            name = f"flux-schnell, {part} pixels"
+        rates, name = rates_of(found.get(part, {})), f"flux-schnell, {part} pixels"
+        if "bfloat16" in rates:
             listed.append(Goal(f"{name}, bfloat16: share of the peak", rates["bfloat16"] / peak_tflops, 0.6))
+        if rates.keys() == NUMERICS.keys():
             listed.append(Goal(f"{name}: Float8's speed over bfloat16's", rates["float8"] / rates["bfloat16"], 1.3))
     if "peer" in found:
         (ours_name, own), (peer, other) = found["peer"].items()
@@ -244,9 +267,13 @@ def apart(losses: Sequence[float | None], expected: Sequence[float | None]) -> f
     return max(abs(sum(a for a, _ in window) / sum(b for _, b in window) - 1) for window in windows)
 
 
-def tflops(row: Mapping[str, Any]) -> float:
-    """Returns TFLOP/s of training steps."""
-    return row["flops"] / statistics.median(row["seconds"]) / 1e12
+def rates_of(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Returns TFLOP/s of training steps, of each type whose steps were timed and had a loss; 0 where one was none."""
+    return {
+        name: all(map(math.isfinite, row["losses"])) * row["flops"] / statistics.median(row["seconds"]) / 1e12
+        for name, row in rows.items()
+        if row.get("seconds")
+    }
 
 
 def draw_all(found: Mapping[str, Any], peak_tflops: float, path: Path) -> None:
@@ -255,7 +282,7 @@ def draw_all(found: Mapping[str, Any], peak_tflops: float, path: Path) -> None:
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     bars, lines = figure.subplots(1, 2)
-    rates = {f"{part}, {name}": tflops(row) for part in ("256", "1024") for name, row in found.get(part, {}).items()}
+    rates = {f"{p}, {name}": rate for p in ("256", "1024") for name, rate in rates_of(found.get(p, {})).items()}
     bars.bar_label(bars.bar(rates.keys(), rates.values()), fmt="%.3g")
     bars.axhline(peak_tflops, color="tab:red", linewidth=1)
     bars.set_ylabel("TFLOP/s; red: the peak in bfloat16")
@@ -302,32 +329,45 @@ def main(argv: list[str]) -> int:
     target.check(out, 2**32)
     out.mkdir(parents=True, exist_ok=True)
     sizes = TINY if given.tiny else FULL
-    found, failed = measure(given.parts, sizes, device, given.rounds, given.peer, given.reference_python, out)
-    listed = goals(found, given.peak_tflops)
-    saved = {"machine": report.machine(), "seconds": time.perf_counter() - start, "found": found, "failed": failed}
-    (out / "h200.json").write_text(json.dumps(saved, indent=1) + "\n")
-    said = "\n".join([*map(str, listed), *(f"{part}: FAILED: {line}" for part, line in failed.items())])
-    (out / "h200.txt").write_text(said + "\n")
-    draw_all(found, given.peak_tflops, out / "h200.png")
-    print(said)
-    return 0 if not failed and all(goal.reached for goal in listed) else 1
+
+    def keep(found: Mapping[str, Any], failed: Mapping[str, str]) -> str:
+        saved = {"machine": report.machine(), "seconds": time.perf_counter() - start, "found": found, "failed": failed}
+        (out / "h200.json").write_text(json.dumps(saved, indent=1) + "\n")
+        listed = goals(found, given.peak_tflops)
+        said = "\n".join([*map(str, listed), *(f"{part}: FAILED: {line}" for part, line in failed.items())])
+        (out / "h200.txt").write_text(said + "\n")
+        draw_all(found, given.peak_tflops, out / "h200.png")
+        return said
+
+    found, failed = measure(given.parts, sizes, device, given.rounds, given.peer, given.reference_python, out, keep)
+    print(keep(found, failed))
+    return 0 if not failed and all(goal.reached for goal in goals(found, given.peak_tflops)) else 1
 
 
 def measure(
-    parts: Sequence[str], sizes: Sizes, device: str, rounds: int, peer: str, python: str | None, out: Path
+    parts: Sequence[str],
+    sizes: Sizes,
+    device: str,
+    rounds: int,
+    peer: str,
+    python: str | None,
+    out: Path,
+    keep: Callable[[Mapping[str, Any], Mapping[str, str]], Any] = lambda found, failed: None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Returns ({part: what was found}, {part: why it failed})."""
+    """Returns ({part: what was found}, {part, or type in it: why it failed}), and gives `keep` both after a part."""
     start, found, failed = time.perf_counter(), {}, {}
     for part in parts:
         try:
             if part in sizes.steps:
                 found[part] = alone(take_steps, sizes.steps[part], device, rounds, out / part)
+                failed |= {f"{part}, {name}": row["failed"] for name, row in found[part].items() if "failed" in row}
             elif part == "peer":
                 found[part] = beside(peer, python, sizes.peer, device, rounds, out)
             else:
                 found[part] = curves(sizes.curves, device, out)
         except Exception as error:  # whatever it is, the time of the others is worth something
-            failed[part] = f"{type(error).__name__}: {error}".splitlines()[0]
+            failed[part] = cause(error, out / part)
+        keep(found, failed)
         said = failed.get(part, "done")
         print(f"[{time.perf_counter() - start:4.0f} s] {part}: {said}", file=sys.stderr, flush=True)
     return found, failed

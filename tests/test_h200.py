@@ -93,8 +93,10 @@ def test_all_of_it_at_tiny_size(h200, tmp_path, monkeypatch):
     assert found["256"].keys() == h200.NUMERICS.keys()
     for each in (wide, narrow):
         assert len(each["seconds"]) == 2 and each["peak_bytes"] > 2**26
-    # Over one state: each goes on from where the other left it.
-    losses = [loss for pair in zip(wide["losses"], narrow["losses"], strict=True) for loss in pair]
+    # Over one state: each goes on from where the other left it; first each by itself.
+    first = wide["losses"][: h200.WARMUP] + narrow["losses"][: h200.WARMUP]
+    turns = zip(wide["losses"][h200.WARMUP :], narrow["losses"][h200.WARMUP :], strict=True)
+    losses = [*first, *(loss for pair in turns for loss in pair)]
     assert losses == sorted(losses, reverse=True) and len(losses) == 2 * (h200.WARMUP + 2)
     assert "ms a step" in (tmp_path / "256" / "profile" / "step_000003" / "top_operations.txt").read_text()
     assert found["peer"].keys() == {"ours", "bfl"}
@@ -115,10 +117,51 @@ def test_a_part_that_fails_is_named_and_the_others_go_on(h200, tmp_path, monkeyp
     said = capfd.readouterr().out
     assert (out / "h200.txt").read_text() == said
     lines = said.splitlines()
-    assert lines[-1] == "256: FAILED: OutOfMemoryError: CUDA out of memory."
+    assert lines[-1] == "256: FAILED: OutOfMemoryError: CUDA out of memory. Tried to allocate"
+    assert "in take_steps" in (out / "256.failure.txt").read_text()
     assert [line.endswith("reached") for line in lines[:-1]] == [True, True]
     assert json.loads((out / "h200.json").read_text())["found"]["curves"]["bfloat16"] == [1.0, 0.509]
     assert tiny_run.program(h200, "--parts=curves", "--device=cpu", f"--out={tmp_path}/good") == 0
+
+
+def test_a_type_that_fails_leaves_the_others_times(h200, tmp_path, monkeypatch):
+    whole = h200.ours.training
+
+    def training(config, *args):
+        if config.numerics.linear:
+            raise ValueError("backend='inductor' raised:\nnothing of it\n\nSet TORCHDYNAMO_VERBOSE=1")
+        return whole(config, *args)
+
+    monkeypatch.setattr(h200, "alone", lambda fn, *args: fn(*args))
+    monkeypatch.setattr(h200.ours, "training", training)
+    monkeypatch.setattr(h200, "trace_one", lambda *args: 1 / 0)
+    kept = []
+    found, failed = h200.measure(
+        ["256"], h200.TINY, "cpu", 1, "bfl", None, tmp_path, lambda found, failed: kept.append(dict(failed))
+    )
+    line = "ValueError: backend='inductor' raised: nothing of it"
+    assert failed == {"256, float8": line} and kept == [failed]
+    assert found["256"]["float8"] == {"failed": line} and len(found["256"]["bfloat16"]["seconds"]) == 1
+    assert found["256"]["bfloat16"]["profile"].startswith("ZeroDivisionError")
+    assert "in training" in (tmp_path / "256.float8.failure.txt").read_text()
+    assert [goal.name for goal in h200.goals(found, 989.0)] == ["flux-schnell, 256 pixels, bfloat16: share of the peak"]
+
+
+def test_a_loss_that_is_none_has_no_speed(h200):
+    nan = {**row(1.0), "losses": [1.0, math.nan]}
+    assert h200.rates_of({"bfloat16": nan, "float8": row(1.0), "none": {"failed": "it"}}) == {
+        "bfloat16": 0.0,
+        "float8": 600.0,
+    }
+
+
+def test_a_peer_that_cannot_be_imported_is_said_before_anything_is_written(h200, tmp_path, monkeypatch):
+    monkeypatch.setattr(h200.process, "PROGRAM", tmp_path / "answer.py")
+    (tmp_path / "with_bfl.py").write_text("from torch import NoSuchName\n")
+    with pytest.raises(
+        UserError, match="^--peer is 'bfl': .* cannot import it: ImportError: cannot import name 'NoSuchN"
+    ):
+        h200.beside("bfl", None, (), "cpu", 1, tmp_path / "out")
 
 
 def test_the_picture(h200, tmp_path):
