@@ -57,8 +57,16 @@ def weighted(
     Args:
       params, cfg, batch, ops: as for `path.loss`.
       density: t [B] to weights [B], such as `timesteps.logit_normal_density`.
+
+    Raises:
+      ValueError: weights of another shape, or shapes that do not fit the model or each other.
     """
-    return (density(batch["timesteps"]) * flow_matching(params, cfg, batch, ops)).mean()
+    weights, losses = density(batch["timesteps"]), flow_matching(params, cfg, batch, ops)
+    if weights.shape != losses.shape:
+        raise ValueError(
+            f"density returned {list(weights.shape)}, it should be a weight for each: {list(losses.shape)}"
+        )
+    return (weights * losses).mean()
 
 
 # Guidance distillation.
@@ -83,9 +91,12 @@ def guided_velocity(
       batch: as for `path.loss`, with guidance if this model has the embedding.
       scale: one number or [B].
       uncond_txt, uncond_y: the encodings of no prompt, [B or 1, L, context_in_dim] and [B or 1, vec_in_dim].
+
+    Raises:
+      ValueError: shapes that do not fit the model or each other.
     """
     v_uncond, v_cond = with_and_without(params, cfg, batch, uncond_txt, uncond_y, ops).chunk(2)
-    return latents(v_uncond + column(scale, v_cond) * (v_cond - v_uncond), batch)
+    return latents(v_uncond + path.column(scale, v_cond) * (v_cond - v_uncond), batch)
 
 
 def guidance_distillation(
@@ -153,9 +164,9 @@ def consistency_target(
 
     t = carry["timesteps"]
     out, rate = torch.func.jvp(model, (carry["img"], t), (moving.to(carry["img"].dtype), torch.ones_like(t)))
-    change = moving - out - warmup * column(t, out) * rate
+    change = moving - out - warmup * path.column(t, out) * rate
     if normalizer is not None:
-        change = change / (column(mean_square(change).sqrt(), change) + normalizer)
+        change = change / (path.column(mean_square(change).sqrt(), change) + normalizer)
     return latents(out + change, batch).detach()
 
 
@@ -212,10 +223,10 @@ def discrete_consistency(
     carry, const, moving = inputs(cfg, batch, velocity, "velocity")
     still = constant(params if average is None else average)
     x, t = carry["img"], carry["timesteps"]
-    before = {**carry, "img": x + column(earlier - t, x) * moving, "timesteps": earlier}
+    before = {**carry, "img": x + path.column(earlier - t, x) * moving, "timesteps": earlier}
 
     def jump(params: Params, carry: dict) -> Tensor:
-        return carry["img"] - column(carry["timesteps"], x) * run(params, cfg, carry, const, ops)
+        return carry["img"] - path.column(carry["timesteps"], x) * run(params, cfg, carry, const, ops)
 
     return mean_square(jump(params, carry) - jump(still, before).detach())
 
@@ -235,6 +246,7 @@ def inputs(cfg: flux.FluxConfig, batch: Batch, given: Tensor | None, name: str) 
 
 def run(params: Params, cfg: flux.FluxConfig, carry: dict, const: dict, ops: Ops) -> Tensor:
     """Returns the model's output as patches [B, N, C], in float32 or wider."""
+    flux.check_params(params, cfg)
     out = flux.fold(flux.chain(cfg), params, carry, const, ops)["img"]
     return out.to(at_least_float32(out.dtype))
 
@@ -245,9 +257,10 @@ def with_and_without(
     """Returns the velocities without and with the prompt, as patches [2 B, N, C]."""
     twice = {name: torch.cat([value, value]) for name, value in batch.items() if name not in ("txt", "y")}
     for name, uncond in (("txt", uncond_txt), ("y", uncond_y)):
-        if tuple(uncond.shape[1:]) != tuple(batch[name].shape[1:]):
-            has, should = tuple(uncond.shape), ("B or 1", *batch[name].shape[1:])
-            raise ValueError(f"uncond_{name} has shape {has}, it should be {should}")
+        size, *rest = batch[name].shape
+        if tuple(uncond.shape) not in ((1, *rest), (size, *rest)):
+            should = str((f"1 or {size}", *rest)).replace("'", "")
+            raise ValueError(f"uncond_{name} has shape {tuple(uncond.shape)}, it should be {should}")
         twice[name] = torch.cat([uncond.expand(batch[name].shape), batch[name]])
     return run(params, cfg, *path.inputs(cfg, twice), ops)
 
@@ -260,13 +273,6 @@ def constant(params: Params) -> Params:
 def latents(patches: Tensor, batch: Batch) -> Tensor:
     """Returns patches as latents shaped as the batch's."""
     return flux.unpatchify(patches, *batch["latents"].shape[2:])
-
-
-def column(value: Tensor | float, like: Tensor) -> Tensor | float:
-    """Returns one number a sample [B] as [B, 1, ...], to multiply `like` by; a number as it is."""
-    if not isinstance(value, Tensor) or not value.ndim:
-        return value
-    return value.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def mean_square(error: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def target_of(
     """Returns the MeanFlow target of any u(x, r, t), shaped as x, a constant; x [B, ...], r and t [B]."""
     primals = (x, r.to(t.dtype), t)
     _, rate = torch.func.jvp(u, primals, (velocity.to(x.dtype), torch.zeros_like(primals[1]), torch.ones_like(t)))
-    return (velocity - losses.column(t - r, rate) * rate).detach()
+    return (velocity - path.column(t - r, rate) * rate).detach()
 
 
 def guided(
@@ -114,7 +114,7 @@ def guided(
     told = _told(cfg, batch, batch["timesteps"])
     uncond, cond = losses.with_and_without(losses.constant(params), cfg, told, uncond_txt, uncond_y, ops).chunk(2)
     true = flux.patchify(path.target(batch["latents"], batch["noise"]))
-    omega, kappa = losses.column(omega, true), losses.column(kappa, true)
+    omega, kappa = path.column(omega, true), path.column(kappa, true)
     return losses.latents(omega * true + kappa * cond + (1 - omega - kappa) * uncond, batch).detach()
 
 
@@ -186,8 +186,10 @@ def times(
       near: how close to 1 the ends' t are.
 
     Raises:
-      ValueError: not 0 <= ends <= moving <= B.
+      ValueError: not 0 <= ends <= moving <= B, or u of another shape.
     """
+    if u.ndim != 2 or len(u) != 2:
+        raise ValueError(f"u has shape {tuple(u.shape)}, it should be (2, B): a draw for t and one for r")
     if not 0 <= ends <= moving <= u.shape[1]:
         raise ValueError(f"ends {ends} and moving {moving} should be in order from 0 to the batch, {u.shape[1]}")
     t = timesteps.logit_normal(u[0], mean, std)
@@ -209,7 +211,12 @@ def slow(params: Params, fastest: float = 10.0) -> Params:
     Returns:
       A tree alike, with zeros in columns of `time_in.in_layer.weight` and of `guidance_in.in_layer.weight`; all other
       leaves are the same tensors.
+
+    Raises:
+      ValueError: parameters without guidance embedding.
     """
+    if "guidance_in" not in params:
+        raise ValueError("params have no guidance_in, where MeanFlow's second time goes in: see from_flow_matching")
     out = dict(params)
     for name in ("time_in", "guidance_in"):
         layer = params[name]["in_layer"]

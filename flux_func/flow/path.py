@@ -14,8 +14,15 @@ from flux_func.models.layers import Ops, Params, at_least_float32
 
 def interpolate(latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """Returns x_t = (1 - t) x_0 + t eps; latents and noise [B, ...], timesteps [B]."""
-    t = timesteps.reshape(-1, *[1] * (latents.ndim - 1))
+    t = column(timesteps, latents)
     return (1 - t) * latents + t * noise
+
+
+def column(value: Tensor | float, like: Tensor) -> Tensor | float:
+    """Returns one number a sample [B] as [B, 1, ...], to multiply `like` [B, ...] by; a single number as it is."""
+    if not isinstance(value, Tensor) or not value.ndim:
+        return value
+    return value.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def target(latents: Tensor, noise: Tensor) -> Tensor:
@@ -37,6 +44,8 @@ def chain(cfg: flux.FluxConfig) -> tuple[flux.Stage, ...]:
 
 def inputs(cfg: flux.FluxConfig, batch: Mapping[str, Tensor], denominator: float | None = None) -> tuple[dict, dict]:
     """Returns the first carry and the const of `chain` for a batch; see `loss`."""
+    if missing := [name for name in ("latents", "noise", "timesteps", "txt", "y") if name not in batch]:
+        raise ValueError(f"batch lacks {', '.join(missing)}: it has {', '.join(batch) or 'nothing'}")
     latents, noise, txt = batch["latents"], batch["noise"], batch["txt"]
     if latents.ndim != 4 or latents.shape != noise.shape or any(side % 2 for side in latents.shape[2:]):
         raise ValueError(
@@ -54,7 +63,7 @@ def inputs(cfg: flux.FluxConfig, batch: Mapping[str, Tensor], denominator: float
         guidance=batch.get("guidance"),
     )
     velocity = flux.patchify(target(latents, noise))
-    return carry, {**const, "target": velocity, "denominator": denominator or latents.numel()}
+    return carry, {**const, "target": velocity, "denominator": latents.numel() if denominator is None else denominator}
 
 
 def loss(
@@ -76,7 +85,9 @@ def loss(
         ranks give the whole batch's, so that their losses add up to its loss.
 
     Raises:
-      ValueError: shapes that do not fit the model or each other.
+      ValueError: parameters of another model, a batch that lacks something, or shapes that do not fit the model or
+        each other.
     """
+    flux.check_params(params, cfg)
     carry, const = inputs(cfg, batch, denominator)
     return flux.fold(chain(cfg), params, carry, const, ops)["loss"]

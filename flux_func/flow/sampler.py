@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from flux_func.flow import timesteps
+from flux_func.flow import path, timesteps
 from flux_func.models import flux
 from flux_func.models.layers import Ops, Params, at_least_float32
 
@@ -36,7 +36,7 @@ def sample(
     y: Tensor,
     steps: int,
     guidance: Tensor | float | None = None,
-    cfg_scale: float | None = None,
+    cfg_scale: Tensor | float | None = None,
     uncond_txt: Tensor | None = None,
     uncond_y: Tensor | None = None,
     shift: bool = True,
@@ -54,7 +54,8 @@ def sample(
       steps: Euler steps.
       guidance: distilled guidance, one number or [B], where the model has a guidance embedding.
       cfg_scale: classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598): the velocity is
-        v_u + cfg_scale (v_c - v_u), both from one forward pass of twice the batch. None or 1: v_c alone.
+        v_u + cfg_scale (v_c - v_u), both from one forward pass of twice the batch; one number or [B]. None, or the
+        number 1: v_c alone.
       uncond_txt, uncond_y: the encodings of no prompt, [B or 1, L, context_in_dim] and [B or 1, vec_in_dim].
       shift: whether the timesteps are shifted by resolution; schnell is sampled without.
       image_seq_len: length that the shift goes by; None: the image's tokens, h * w / 4. (torchtitan's sampler passes
@@ -62,8 +63,8 @@ def sample(
       ops: how linears and attention are done.
 
     Raises:
-      ValueError: shapes that do not fit, guidance missing or for a model without it, or cfg_scale without both of
-        uncond_txt and uncond_y.
+      ValueError: parameters of another model, shapes that do not fit, guidance missing or for a model without it, or
+        cfg_scale without both of uncond_txt and uncond_y, or they without it.
     """
     check_latents(noise, "noise")
     flow = velocity(
@@ -89,7 +90,7 @@ def velocity(
     txt: Tensor,
     y: Tensor,
     guidance: Tensor | float | None = None,
-    cfg_scale: float | None = None,
+    cfg_scale: Tensor | float | None = None,
     uncond_txt: Tensor | None = None,
     uncond_y: Tensor | None = None,
     ops: Ops = Ops(),
@@ -104,7 +105,9 @@ def velocity(
     Raises:
       ValueError: as `sample`, when the velocity is called.
     """
-    scale = None if cfg_scale == 1 else cfg_scale
+    scale = None if not isinstance(cfg_scale, Tensor) and cfg_scale == 1 else cfg_scale
+    if cfg_scale is None and not (uncond_txt is None and uncond_y is None):
+        raise ValueError("cfg_scale is None: uncond_txt and uncond_y are read only where it is given")
     if scale is not None and (uncond_txt is None or uncond_y is None):
         raise ValueError(f"cfg_scale is {scale}: uncond_txt and uncond_y, the encodings of no prompt, are needed")
     if scale is not None and uncond_txt.shape[1] != txt.shape[1]:
@@ -131,7 +134,7 @@ def velocity(
         if scale is None:
             return v
         v_uncond, v_cond = v.chunk(2)
-        return v_uncond + scale * (v_cond - v_uncond)
+        return v_uncond + path.column(scale, v_cond) * (v_cond - v_uncond)
 
     return dx_dt
 
@@ -149,12 +152,14 @@ def _conditioning(
     if cfg.guidance_embed != (guidance is not None):
         has = "has a guidance embedding: it should be a number or [B]" if cfg.guidance_embed else "takes no guidance"
         raise ValueError(f"guidance is {guidance}, but this model {has}")
-    out = {"txt": (txt, (*txt.shape[1:2], cfg.context_in_dim)), "y": (y, (cfg.vec_in_dim,))}
+    length = txt.shape[1] if txt.ndim == 3 else "L"
+    out = {"txt": (txt, (length, cfg.context_in_dim)), "y": (y, (cfg.vec_in_dim,))}
     if guidance is not None:
         if not isinstance(guidance, Tensor):
             guidance = torch.full((batch,), guidance, dtype=at_least_float32(y.dtype), device=y.device)
         out["guidance"] = (guidance.reshape(1) if guidance.ndim == 0 else guidance, ())
     for name, (value, shape) in out.items():
         if tuple(value.shape) not in ((batch, *shape), (1, *shape)):
-            raise ValueError(f"{name} has shape {tuple(value.shape)}, it should be {(batch, *shape)}")
+            should = str((batch, *shape)).replace("'", "")
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, it should be {should}")
     return {name: value.expand(batch, *shape) for name, (value, shape) in out.items()}

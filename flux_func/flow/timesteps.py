@@ -24,7 +24,11 @@ def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
 
     Returns:
       t [B] in the type of u, strictly between 0 and 1.
+
+    Raises:
+      ValueError: a std that is not above 0.
     """
+    _check_std(std)
     info = torch.finfo(u.dtype)
     below_one = 1 - info.eps / 2
     # The quantiles of 0 and 1 are infinite: the first cell of the draws' grid is taken at its middle.
@@ -33,7 +37,12 @@ def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
 
 
 def logit_normal_density(t: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """Returns the density of `logit_normal` at t in [0, 1], shaped as t (Esser et al. 2024, equation 19)."""
+    """Returns the density of `logit_normal` at t in [0, 1], shaped as t (Esser et al. 2024, equation 19).
+
+    Raises:
+      ValueError: a std that is not above 0.
+    """
+    _check_std(std)
     eps = torch.finfo(t.dtype).eps
     t = t.clamp(eps, 1 - eps)
     normal = torch.exp(-0.5 * ((torch.logit(t) - mean) / std) ** 2) / (std * math.sqrt(2 * math.pi))
@@ -69,7 +78,20 @@ def mode_density(t: Tensor, scale: float = 1.29) -> Tensor:
         middle = (low + high) / 2
         above = mode(middle, scale) > t
         low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-    return 1 / (1 + scale - scale * math.pi / 2 * torch.sin(math.pi / 2 * (low + high)))
+    u = (low + high) / 2
+    for _ in range(2):  # Newton's steps, for the derivatives in t: halving an interval has none
+        u = u + (mode(u, scale) - t) / _mode_slope(u, scale).clamp_min(torch.finfo(t.dtype).tiny)
+    return 1 / _mode_slope(u, scale)
+
+
+def _mode_slope(u: Tensor, scale: float) -> Tensor:
+    """Returns -dt/du of `mode`, which is at least 0."""
+    return 1 + scale - scale * math.pi / 2 * torch.sin(math.pi * u)
+
+
+def _check_std(std: float) -> None:
+    if not std > 0:
+        raise ValueError(f"std {std} should be above 0")
 
 
 def stratified(u: Tensor, index: Tensor | int, batch_size: int) -> Tensor:
@@ -79,7 +101,12 @@ def stratified(u: Tensor, index: Tensor | int, batch_size: int) -> Tensor:
       u: uniform draws [B] in [0, 1).
       index: each sample's place in the global batch, [B] or one integer, in [0, batch_size).
       batch_size: samples in the global batch.
+
+    Raises:
+      ValueError: a batch_size below 1.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} should be at least 1")
     return (index + u) / batch_size
 
 
@@ -111,12 +138,13 @@ def shift_mu(image_tokens: float) -> float:
     return mu + (last_mu - mu) * (image_tokens - tokens) / (last_tokens - tokens)
 
 
-def shift(t: Tensor, mu: float) -> Tensor:
+def shift(t: Tensor, mu: Tensor | float) -> Tensor:
     """Returns e^mu / (e^mu + 1/t - 1): timesteps in [0, 1] moved towards noise, the more the larger mu is.
 
     Written so that 0 stays exactly 0 and 1 exactly 1, with finite derivatives at both.
     """
-    return t / (t + math.exp(-mu) * (1 - t))
+    down = torch.exp(-mu) if isinstance(mu, Tensor) else math.exp(-mu)
+    return t / (t + down * (1 - t))
 
 
 def schedule(steps: int, image_tokens: float | None) -> Tensor:
@@ -127,9 +155,9 @@ def schedule(steps: int, image_tokens: float | None) -> Tensor:
       image_tokens: what the resolution-dependent shift goes by; None leaves the steps equal, as schnell is sampled.
 
     Raises:
-      ValueError: steps below 1.
+      ValueError: steps that are no whole number from 1 on.
     """
-    if steps < 1:
-        raise ValueError(f"steps {steps} should be at least 1")
-    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    if steps < 1 or steps != int(steps):
+        raise ValueError(f"steps {steps} should be a whole number from 1 on")
+    t = torch.linspace(1, 0, int(steps) + 1, dtype=torch.float64)
     return t if image_tokens is None else shift(t, shift_mu(image_tokens))

@@ -134,11 +134,13 @@ def encode(params: Params, cfg: AutoencoderConfig, images: Tensor, noise: Tensor
         independent elements; None: its mean. `dct` has a posterior of zero variance, to which noise adds nothing.
 
     Raises:
-      ValueError: images that are not [B, 3, H, W] with H and W multiples of 8, or noise of another shape.
+      ValueError: images that are not [B, 3, H, W] with H and W multiples of 8, or no floats, or noise of another shape.
     """
     factor = cfg.downsampling
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
         raise ValueError(f"images {tuple(images.shape)} should be [B, 3, H, W], H and W multiples of {factor}")
+    if not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}, they should be floats in [-1, 1]")
     size = (images.shape[0], cfg.z_channels, images.shape[2] // factor, images.shape[3] // factor)
     if noise is not None and tuple(noise.shape) != size:
         raise ValueError(f"noise {tuple(noise.shape)} should be {size}")

@@ -279,6 +279,26 @@ def bind(stage: Stage, ops: Ops) -> Callable[[Params, dict, dict], dict]:
     return ops.wrap_stage(functools.partial(stage.fn, ops=ops), stage)
 
 
+def check_params(params: Params, cfg: FluxConfig) -> None:
+    """Checks that a tree is of this model: its blocks, its guidance embedding, and its width, as the first linear has.
+
+    Raises:
+      ValueError: it is of another one.
+    """
+    if "img_in" not in params:
+        raise ValueError(f"params have {', '.join(params) or 'nothing'}: they should be a tree as ff.init(cfg) returns")
+    found = {
+        "depth": len(params.get("double_blocks", ())),
+        "depth_single_blocks": len(params.get("single_blocks", ())),
+        "guidance_embed": "guidance_in" in params,
+        "hidden_size": params["img_in"]["weight"].shape[0],
+        "in_channels": params["img_in"]["weight"].shape[1],
+    }
+    for name, value in found.items():
+        if value != getattr(cfg, name):
+            raise ValueError(f"params are of a model whose {name} is {value}, cfg's is {getattr(cfg, name)}")
+
+
 def inputs(
     cfg: FluxConfig,
     *,
@@ -346,8 +366,10 @@ def apply(
       ops: how linears and attention are done.
 
     Raises:
-      ValueError: a shape that does not fit, or guidance where the model takes none or the other way round.
+      ValueError: parameters of another model, a shape that does not fit, or guidance where the model takes none or the
+        other way round.
     """
+    check_params(params, cfg)
     carry, const = inputs(
         cfg, img=img, img_ids=img_ids, txt=txt, txt_ids=txt_ids, timesteps=timesteps, y=y, guidance=guidance
     )

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from flux_func import tree
 from flux_func.models.attention import attention
@@ -73,9 +74,24 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 def layer_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """Returns x with mean 0 and variance 1 over its last dimension, without scale or bias; [..., C]."""
+    """Returns x with mean 0 and variance 1 over its last dimension, without scale or bias; [..., C].
+
+    Statistics are of float32 or of x's type, whichever is wider.
+    """
     # group_norm of one group is layer norm, and F.layer_norm's own is wrong under grad(jvp) and jvp(jvp) in torch 2.13.
-    return F.group_norm(x.reshape(-1, x.shape[-1]), 1, eps=eps).view(x.shape)
+    # But on a GPU group_norm rounds its statistics to x's type.
+    if x.dtype == at_least_float32(x.dtype):
+        return F.group_norm(x.reshape(-1, x.shape[-1]), 1, eps=eps).view(x.shape)
+    if is_transformed():
+        return layer_norm(x.to(at_least_float32(x.dtype)), eps).to(x.dtype)
+    return F.layer_norm(x, x.shape[-1:], eps=eps)
+
+
+def is_transformed() -> bool:
+    """Returns whether a transform of torch.func, or forward mode, is at work here; not in what torch.compile traces."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 def rms_norm(params: Params, x: Tensor, eps: float) -> Tensor:

@@ -78,9 +78,7 @@ def _lending_vjp(
         place, shape, strides, offset = kept
         return lent[place].as_strided(shape, strides, lent[place].storage_offset() + offset)
 
-    for leaf in lent:
-        numbers.setdefault(leaf.dtype, leaf.new_empty(()))
-    del leaf
+    numbers.update({leaf.dtype: leaf.new_empty(()) for leaf in lent if leaf.dtype not in numbers})
     stand_ins = tree.map(lambda leaf: numbers[leaf.dtype].expand(leaf.shape), params)
 
     def run(stand_ins: Params, *carry: tree.Tree) -> Any:
@@ -163,7 +161,7 @@ def visit(policy: str | Policy, vjp: Vjp) -> Visit:
     """Returns how a fold visits a stage under a policy of rematerialization; ValueError for one there is not."""
     if isinstance(policy, frozenset):
         return _select(policy, vjp)
-    if policy not in REMAT:
+    if not isinstance(policy, str) or policy not in REMAT:
         raise ValueError(f"remat {policy!r} should be one of {', '.join(map(repr, REMAT))}, or of ff.remat.keep")
     return REMAT[policy](vjp)
 
@@ -198,9 +196,11 @@ def grad_and_value(
       The gradients, of what `sharding.grads` gives this process, and this process's part of the loss.
 
     Raises:
-      ValueError: a policy that does not exist, or shapes that do not fit.
+      ValueError: a policy that does not exist or keeps what there is not, or shapes that do not fit.
     """
     visiting, pulls = visit(remat, vjp), []
+    if isinstance(remat, frozenset):
+        selective.check(remat, cfg)
     carry, const = sharding.split(*path.inputs(cfg, batch, denominator))
     chain = units(path.chain(cfg))
     selects = [unit[0].select for unit in chain]

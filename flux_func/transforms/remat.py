@@ -10,10 +10,8 @@ goes through torch.autograd and through every transform of torch.func, in any ne
 rematerialized function, forward and backward, and its map over a batch, are rematerialized functions again.
 """
 
-import contextlib
 import dataclasses
 import functools
-import types
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -25,6 +23,7 @@ from torch import Tensor
 
 from flux_func.models import kernels, layers
 from flux_func.models.flux import Stage
+from flux_func.transforms import captured
 
 Policy = frozenset[str]
 # A function of tensors alone, to a tuple of tensors.
@@ -40,13 +39,15 @@ def remat(fn: Callable, policy: Policy | None = None) -> Callable:
 
     Args:
       fn: a pure function of trees; leaves that are no tensors are constants. Every tensor that is differentiated or
-        mapped over has to be among its arguments: any other would silently get a gradient of zero.
+        mapped over has to be among its arguments: any other would silently get a gradient of zero. So have random
+        numbers: drawn inside, from torch's own generators, they would be others when it is run again.
       policy: the operations whose results are kept, see `keep`; None: none. It is honoured in the gradient itself;
         under vmap, in forward mode and in the derivatives of the gradient all is computed again, to the same numbers.
 
     Raises:
       ValueError: when it is called. `fn` holds a tensor that is being differentiated or mapped over: in its closure,
-        its bound arguments, defaults or attributes, or in a global variable that it names. Or `fn` does not run an
+        its bound arguments, defaults or attributes, in those of objects that it so holds, or in a global variable that
+        it names. (What functions that it calls by a global name hold is not looked at.) Or `fn` does not run an
         operation that the policy keeps.
     """
     _check_policy(policy)
@@ -138,7 +139,7 @@ def _call(fn: Callable, policy: Policy | None, args: tuple, kwargs: dict, all_me
     leaves, form = optree.tree_flatten((args, kwargs))
     is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
     tensors, constants = _split(is_tensor, leaves)
-    _check_captured(fn, constants)
+    captured.check(_name(fn), [("", fn), *(("a constant", value) for value in constants)])
     result: list = []
 
     def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -360,49 +361,3 @@ def _name(fn: Callable) -> str:
     while isinstance(fn, functools.partial):
         fn = fn.func
     return getattr(fn, "__qualname__", type(fn).__name__)
-
-
-def _check_captured(fn: Callable, constants: Sequence) -> None:
-    for name, tensor in _held([("", fn), *(("a constant", value) for value in constants)]):
-        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        if wrapped or (tensor.requires_grad and torch.is_grad_enabled()):
-            raise ValueError(
-                f"{_name(fn)} holds a tensor {list(tensor.shape)} ({name}) which is differentiated or mapped over: "
-                "it should be an argument, since remat would give it a gradient of zero"
-            )
-
-
-def _held(left: list[tuple[str, Any]]) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, tensor) of the tensors in functions, callable objects, dataclasses and containers, all the way."""
-    seen = set()
-    while left:
-        name, value = left.pop()
-        if id(value) in seen or isinstance(value, (type, types.ModuleType)):
-            continue
-        seen.add(id(value))
-        if isinstance(value, Tensor):
-            yield name, value
-        elif isinstance(value, dict):
-            left += [(name, item) for item in value.values()]
-        elif isinstance(value, (list, tuple, set, frozenset)):
-            left += [(name, item) for item in value]
-        elif isinstance(value, functools.partial):
-            left += [("a bound argument", (value.args, value.keywords)), (name, value.func)]
-        elif isinstance(value, types.MethodType):
-            left += [("an attribute", value.__self__), (name, value.__func__)]
-        elif isinstance(value, types.FunctionType):
-            left += [("a default", (value.__defaults__, value.__kwdefaults__)), *_variables(value)]
-        elif dataclasses.is_dataclass(value) or callable(value):
-            left += [(f"attribute {key}", item) for key, item in getattr(value, "__dict__", {}).items()]
-
-
-def _variables(fn: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    """Yields (name, value) of what a function closes over, and of tensors among the globals that it names."""
-    for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
-        # A variable that has no value yet has no contents.
-        with contextlib.suppress(ValueError):
-            yield f"variable {name}", cell.cell_contents
-    for name in fn.__code__.co_names:
-        value = fn.__globals__.get(name)
-        if isinstance(value, (Tensor, dict, list, tuple)):
-            yield f"variable {name}", value

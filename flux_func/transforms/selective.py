@@ -8,6 +8,7 @@ composes with every transform of torch.func, cannot. Named by Korthikanti et al.
 """
 
 import dataclasses
+import difflib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flux_func import tree
-from flux_func.models import layers
+from flux_func.models import flux, layers
 from flux_func.models.attention import Tape
 from flux_func.models.flux import Stage
 from flux_func.models.layers import Ops, Params
@@ -25,6 +26,20 @@ from flux_func.transforms.remat import Policy
 
 # The key in what a recorded stage returns, and in the const of a replayed one.
 KEPT = "kept"
+
+
+@functools.cache
+def check(keep: Policy, cfg: flux.FluxConfig) -> None:
+    """Checks that there is what a policy keeps.
+
+    Raises:
+      ValueError: a name that is not "attention" and no pattern of the model's linears; it lists the nearest.
+    """
+    known = ["attention", *flux.linears(cfg)]
+    for name in sorted(keep):
+        if not any(tree.match([name], path) for path in known):
+            near = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.0))
+            raise ValueError(f"remat keeps {name!r}, which fits nothing that a stage runs; the nearest are {near}")
 
 
 def recording(ops: Ops, keep: Policy) -> Ops:

@@ -105,7 +105,7 @@ def test_a_student_that_cannot_be_told_is_refused():
         losses.guidance_distillation(PARAMS, CFG, batch, teacher=PARAMS, teacher_cfg=CFG, **uncond)
     with pytest.raises(ValueError, match="guidance"):
         losses.guidance_distillation(STUDENT, GUIDED, batch, teacher=PARAMS, teacher_cfg=CFG, **uncond)
-    with pytest.raises(ValueError, match=r"uncond_txt has shape \(1, 2, 16\), it should be \('B or 1', 3, 16\)"):
+    with pytest.raises(ValueError, match=r"uncond_txt has shape \(1, 2, 16\), it should be \(1 or 2, 3, 16\)"):
         losses.guided_velocity(
             PARAMS, CFG, batch, 2.0, uncond_txt=uncond["uncond_txt"][:, 1:], uncond_y=uncond["uncond_y"]
         )
@@ -208,3 +208,14 @@ def test_consistency_is_the_same_by_default_attention(ops):
     batch = tiny_model.batch()
     ours = losses.consistency(PARAMS, CFG, batch, ops)
     torch.testing.assert_close(ours, losses.consistency(PARAMS, CFG, batch, NAIVE))
+
+
+def test_misuse_is_said():
+    batch, uncond = tiny_model.batch(3), tiny_model.no_prompt()
+    with pytest.raises(ValueError, match=r"density returned \[3, 1\], it should be a weight for each: \[3\]"):
+        losses.weighted(PARAMS, CFG, batch, lambda t: t[:, None])
+    two = {name: value.expand(2, *value.shape[1:]) for name, value in uncond.items()}
+    with pytest.raises(ValueError, match=r"uncond_txt has shape \(2, 3, 16\), it should be \(1 or 3, 3, 16\)"):
+        losses.guided_velocity(PARAMS, CFG, batch, 2.0, **two)
+    with pytest.raises(ValueError, match="params are of a model whose guidance_embed is True, cfg's is False"):
+        losses.flow_matching(STUDENT, CFG, batch)

@@ -254,5 +254,9 @@ def test_misuse_is_said():
             meanflow.times(torch.rand(2, 2), moving, ends)
     with pytest.raises(ValueError, match="noise has shape"):
         meanflow.sample(PARAMS, GUIDED, noise=batch["noise"][..., 1:], txt=batch["txt"], y=batch["y"])
-    with pytest.raises(ValueError, match="steps 0 should be at least 1"):
+    with pytest.raises(ValueError, match="steps 0 should be a whole number from 1 on"):
         meanflow.sample(PARAMS, GUIDED, noise=batch["noise"], txt=batch["txt"], y=batch["y"], steps=0)
+    with pytest.raises(ValueError, match=r"u has shape \(8,\), it should be \(2, B\)"):
+        meanflow.times(torch.rand(8), 2)
+    with pytest.raises(ValueError, match="params have no guidance_in"):
+        meanflow.slow(tiny_model.params())

@@ -108,3 +108,12 @@ def test_misfit_latents_are_named():
     odd = batch["noise"][..., 1:]
     with pytest.raises(ValueError, match="even h and w"):
         path.loss(flux.init(TINY), TINY, {**batch, "noise": odd, "latents": odd})
+    lacking = {name: value for name, value in batch.items() if name not in ("noise", "y")}
+    with pytest.raises(ValueError, match="batch lacks noise, y: it has latents, timesteps, txt"):
+        path.loss(flux.init(TINY), TINY, lacking)
+
+
+def test_a_column_is_a_number_for_each_sample():
+    like = torch.zeros(2, 3, 4)
+    assert path.column(2.0, like) == 2.0 and path.column(torch.tensor(2.0), like).shape == ()
+    assert path.column(torch.tensor([1.0, 2.0]), like).tolist() == [[[1.0]], [[2.0]]]

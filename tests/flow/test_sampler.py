@@ -145,8 +145,7 @@ def test_one_forward_pass_a_step(params, scale, expected):
         **batch,
         steps=2,
         cfg_scale=scale,
-        uncond_txt=batch["txt"],
-        uncond_y=batch["y"],
+        **({} if scale is None else {"uncond_txt": batch["txt"], "uncond_y": batch["y"]}),
         ops=counting(passes),
     )
     assert passes == [expected] * 2 * (CFG.depth + CFG.depth_single_blocks)
@@ -216,5 +215,29 @@ def test_what_cannot_be_honoured_is_an_error(params):
         run(noise=batch["noise"][:, :, :5])
     with pytest.raises(ValueError, match=r"txt has shape \(3, 5, 4096\)"):
         run(txt=torch.zeros(3, 5, 4096))
-    with pytest.raises(ValueError, match="steps 0 should be at least 1"):
+    with pytest.raises(ValueError, match=r"txt has shape \(5, 4096\), it should be \(2, L, 4096\)"):
+        run(txt=batch["txt"][0])
+    with pytest.raises(ValueError, match="cfg_scale is None: uncond_txt and uncond_y are read only where it is given"):
+        run(uncond_txt=batch["txt"], uncond_y=batch["y"])
+    with pytest.raises(ValueError, match="params are of a model whose guidance_embed is False, cfg's is True"):
+        sampler.sample(params[CFG], GUIDED, **batch, steps=1, guidance=2.0)
+    with pytest.raises(ValueError, match="steps 0 should be a whole number from 1 on"):
         run(steps=0)
+
+
+def test_a_guidance_scale_may_be_a_tensor_and_differentiated(params):
+    given = inputs()
+    noise = given.pop("noise")
+    uncond = {"uncond_txt": given["txt"][:1].roll(1, 1), "uncond_y": given["y"][:1].roll(1, 1)}
+
+    def at(scale):
+        flow = sampler.velocity(params[CFG], CFG, **given, cfg_scale=scale, **uncond)
+        return flow(noise, torch.tensor(0.6))
+
+    one, three = at(torch.tensor(1.0)), at(3.0)
+    torch.testing.assert_close(one, at(1.0), rtol=1e-5, atol=1e-5)
+    # It is linear in the scale.
+    _, rate = torch.func.jvp(at, (torch.tensor(1.0),), (torch.tensor(1.0),))
+    torch.testing.assert_close(rate, (three - one) / 2, rtol=1e-4, atol=1e-5)
+    both = at(torch.tensor([1.0, 3.0]))
+    torch.testing.assert_close(both, torch.stack([one[0], three[1]]), rtol=1e-5, atol=1e-5)

@@ -159,5 +159,41 @@ def test_schedule_is_diffusers():
 
 
 def test_schedule_needs_a_step():
-    with pytest.raises(ValueError, match="steps 0 should be at least 1"):
+    with pytest.raises(ValueError, match="steps 0 should be a whole number from 1 on"):
         timesteps.schedule(0, 256)
+
+
+@pytest.mark.parametrize("scale", [-0.9, 0.0, 0.81, 1.29])
+def test_mode_density_has_its_derivatives(scale):
+    t = torch.tensor([0.05, 0.3, 0.5, 0.9], dtype=torch.float64)
+
+    def density(t):
+        return timesteps.mode_density(t, scale)
+
+    h = 1e-4
+    first = torch.func.vmap(torch.func.grad(density))(t)
+    second = torch.func.vmap(torch.func.grad(torch.func.grad(density)))(t)
+    below, at, above = density(t - h), density(t), density(t + h)
+    torch.testing.assert_close(first, (above - below) / (2 * h), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(second, (above - 2 * at + below) / h**2, rtol=1e-4, atol=1e-4)
+
+
+def test_shift_has_a_derivative_in_mu():
+    t, mu = torch.tensor(0.3, dtype=torch.float64), torch.tensor(0.7, dtype=torch.float64)
+    shifted = timesteps.shift(t, mu)
+    assert shifted == timesteps.shift(t, 0.7)
+    # logit(t') = logit(t) + mu
+    torch.testing.assert_close(torch.func.grad(timesteps.shift, argnums=1)(t, mu), shifted * (1 - shifted))
+
+
+def test_what_no_distribution_has_is_refused():
+    u = torch.rand(4)
+    for std in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="^std .* should be above 0$"):
+            timesteps.logit_normal(u, std=std)
+        with pytest.raises(ValueError, match="^std .* should be above 0$"):
+            timesteps.logit_normal_density(u, std=std)
+    with pytest.raises(ValueError, match="^batch_size 0 should be at least 1$"):
+        timesteps.stratified(u, 0, 0)
+    with pytest.raises(ValueError, match="^steps 2.5 should be a whole number from 1 on$"):
+        timesteps.schedule(2.5, None)

@@ -211,6 +211,8 @@ def test_wrong_shapes_are_refused(cfg):
             autoencoder.encode({}, cfg, torch.zeros(shape))
     with pytest.raises(ValueError, match=r"noise \(1, 16, 2, 2\) should be \(2, 16, 2, 3\)"):
         autoencoder.encode({}, cfg, torch.zeros(2, 3, 16, 24), torch.zeros(1, 16, 2, 2))
+    with pytest.raises(ValueError, match="images are torch.uint8, they should be floats in"):
+        autoencoder.encode({}, cfg, torch.zeros(2, 3, 16, 24, dtype=torch.uint8))
     with pytest.raises(ValueError, match="should be .B, 16, h, w"):
         autoencoder.decode({}, cfg, torch.zeros(1, 4, 2, 2))
 

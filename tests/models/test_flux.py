@@ -220,3 +220,17 @@ def test_linears_are_what_ops_are_told():
     given = {**draw_inputs(cfg), "guidance": torch.ones(2)}
     flux.apply(flux.init(cfg), cfg, **given, ops=Ops(linear=linear))
     assert sorted({*told}) == sorted(flux.linears(cfg))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"depth": 1}, {"depth_single_blocks": 3}, {"guidance_embed": True}, {"hidden_size": 96, "num_heads": 6}]
+)
+def test_parameters_of_another_model_are_refused(changes):
+    other = dataclasses.replace(TINY, **changes)
+    name = next(iter(changes))
+    said = f"params are of a model whose {name} is {getattr(other, name)}, cfg's is {getattr(TINY, name)}"
+    given = draw_inputs(TINY)
+    with pytest.raises(ValueError, match=said):
+        flux.apply(flux.init(other), TINY, **given)
+    with pytest.raises(ValueError, match="params have nothing: they should be a tree"):
+        flux.apply({}, TINY, **given)

@@ -24,6 +24,27 @@ def test_layer_norm_is_the_formula(batch, length, size):
     torch.testing.assert_close(layers.layer_norm(x), expected, rtol=1e-10, atol=1e-12)
 
 
+def test_layer_norm_of_narrow_types_is_right_plain_and_transformed():
+    x, u = (draw(4, 64, seed=i).bfloat16() for i in (1, 2))
+
+    def loss(x):
+        return (layers.layer_norm(x) ** 3).sum()
+
+    def slope(x, u):
+        return torch.func.jvp(loss, (x,), (u,))[1]
+
+    def of_autograd(x):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(loss(x), x)[0]
+
+    wide = x.double(), u.double()
+    torch.testing.assert_close(layers.layer_norm(x), layers.layer_norm(wide[0]).bfloat16(), rtol=2**-7, atol=0)
+    for fn, given in ((of_autograd, 1), (torch.func.grad(loss), 1), (torch.func.grad(slope), 2)):
+        found, expected = fn(*(x, u)[:given]), fn(*wide[:given])
+        assert found.dtype == torch.bfloat16
+        assert (found - expected).norm() <= 2e-2 * expected.norm()
+
+
 def test_rms_norm_is_the_formula_and_is_at_least_float32_inside():
     x, scale = draw(2, 3, 8), draw(8, seed=1)
     expected = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * scale

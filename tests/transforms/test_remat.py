@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import numpy as np
 import pytest
@@ -98,6 +99,20 @@ class Scaled:
         return (self.weight * x).sum()
 
 
+def through(held):
+    return lambda x: (held.w[0] * x).sum()
+
+
+class Slotted:
+    __slots__ = ("weight",)
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def method(self, x):
+        return (self.weight * x).sum()
+
+
 GLOBAL = None
 
 
@@ -112,6 +127,8 @@ HOLDERS = {
     "a default": lambda w: lambda x, w={"w": [w]}: (w["w"][0] * x).sum(),  # noqa: B006
     "an object": Scaled,
     "a method": lambda w: Scaled(w).method,
+    "an object's attribute": lambda w: through(types.SimpleNamespace(w=[w])),
+    "a slot": lambda w: Slotted(w).method,
 }
 
 

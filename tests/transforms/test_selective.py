@@ -87,3 +87,17 @@ def test_a_step_is_differentiated_through_by_torch_func_or_refused():
         torch.testing.assert_close(slope(remat), slope("none"), rtol=1e-12, atol=0)
     with pytest.raises(NotImplementedError, match="given its result has no second derivative"):
         slope("selective")
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("linear", "single_blocks.linear"),
+        ("double_blocks.0.img_attn.qkv", "double_blocks.img_attn.qkv"),
+        ("attn", "att"),
+    ],
+)
+def test_what_no_stage_runs_is_refused_and_the_nearest_named(name, near):
+    params, batch = flux.init(CFG, scheme="nonzero"), draw()
+    with pytest.raises(ValueError, match=f"remat keeps '{name}', which fits nothing .* nearest are .*{near}"):
+        fold.grad_and_value(params, CFG, batch, remat=keep("attention", name))
