@@ -39,8 +39,8 @@ def test_layer_norm_of_narrow_types_is_right_plain_and_transformed():
 
     wide = x.double(), u.double()
     torch.testing.assert_close(layers.layer_norm(x), layers.layer_norm(wide[0]).bfloat16(), rtol=2**-7, atol=0)
-    for fn, given in ((of_autograd, 1), (torch.func.grad(loss), 1), (torch.func.grad(slope), 2)):
-        found, expected = fn(*(x, u)[:given]), fn(*wide[:given])
+    for fn, count in ((of_autograd, 1), (torch.func.grad(loss), 1), (torch.func.grad(slope), 2)):
+        found, expected = fn(*(x, u)[:count]), fn(*wide[:count])
         assert found.dtype == torch.bfloat16
         assert (found - expected).norm() <= 2e-2 * expected.norm()
 
