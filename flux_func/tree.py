@@ -6,6 +6,9 @@ parameters is Black Forest Labs' own state-dict key: `double_blocks.0.img_attn.q
 
 import difflib
 import fnmatch
+import functools
+import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -65,27 +68,61 @@ def _with_lists(node: Any, name: str) -> Any:
     return [_with_lists(node[str(i)], str(i)) for i in range(len(node))]
 
 
+def replace(tree: Tree, leaves: Mapping[str, Any]) -> Tree:
+    """Returns the tree with other leaves at these dotted paths, which are among its own."""
+    values = iter({**flatten(tree), **leaves}.values())
+    return map(lambda _: next(values), tree)
+
+
 def match(patterns: Iterable[str], path: str) -> str | None:
     """Returns the first of `patterns` (shell wildcards: `double_blocks.*.img_mlp.*`) that fits `path`, or None."""
     return next((pattern for pattern in patterns if fnmatch.fnmatchcase(path, pattern)), None)
 
 
-def select(tree: Tree, patterns: Iterable[str]) -> dict[str, Any]:
+def select(tree: Tree, patterns: Iterable[str], note: str = "") -> dict[str, Any]:
     """Returns {dotted path: leaf} of the leaves that some pattern fits.
 
+    Args:
+      tree: any.
+      patterns: at least one.
+      note: what the message for a pattern that fits no leaf ends in.
+
     Raises:
-      ValueError: a pattern fits no leaf; the message lists the nearest paths. Or one pattern that is not in a list,
-        whose every character would be taken for a pattern.
+      ValueError: a pattern fits no leaf; the message lists the nearest paths. Or there is none, or one that is not in
+        a list, whose every character would be taken for a pattern.
     """
     if isinstance(patterns, str):
         raise ValueError(f"patterns is {patterns!r}, it should be a list of patterns: [{patterns!r}]")
     flat = flatten(tree)
     patterns = tuple(patterns)
+    if not patterns:
+        raise ValueError("patterns is empty, it should be a list of patterns: ['*'] chooses all")
     for pattern in patterns:
         if not fnmatch.filter(flat, pattern):
-            near = difflib.get_close_matches(pattern, flat, n=3, cutoff=0.0)
-            raise ValueError(f"pattern {pattern!r} fits no path of the tree; the nearest are {', '.join(near)}")
+            near = f"; the nearest are {', '.join(_nearest_of(pattern, flat))}" if flat else ", there is none"
+            raise ValueError(f"pattern {pattern!r} fits no path of the tree{near}{note}")
     return {path: leaf for path, leaf in flat.items() if match(patterns, path)}
+
+
+def _nearest_of(pattern: str, paths: Iterable[str], most: int = 3) -> list[str]:
+    """Returns the paths whose keys are most like the words of a pattern, one for each choice of such keys."""
+    words = [word for word in re.split(r"[.*?!\[\]]+", pattern) if word]
+
+    @functools.cache
+    def likeness(word: str, key: str) -> float:
+        return difflib.SequenceMatcher(None, word, key, autojunk=False).ratio()
+
+    def keys(path: str) -> tuple[str, ...]:
+        return tuple(max(path.split("."), key=lambda key: likeness(word, key)) for word in words)
+
+    def score(path: str) -> tuple[float, float]:
+        alike = sum(len(word) * likeness(word, key) for word, key in zip(words, keys(path), strict=True))
+        return alike, likeness(pattern, path)
+
+    found: dict[tuple, str] = {}
+    for path in sorted(paths, key=score, reverse=True):
+        found.setdefault(keys(path), path)
+    return list(found.values())[:most]
 
 
 def bundles(sizes: Mapping[str, int], most: int) -> list[list[str]]:
@@ -126,3 +163,27 @@ def differences(found: Mapping[str, tuple], expected: Mapping[str, tuple], most:
 def _nearest(name: str, others: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, others, n=1, cutoff=0.6)
     return f" (nearest: {near[0]})" if near else ""
+
+
+def misfit(found: Tree, expected: Tree) -> str:
+    """Returns on one line what keeps a tree from having the paths, shapes and structure of another; "" where nothing
+    does."""
+
+    def shapes(tree: Tree) -> dict[str, tuple]:
+        return {path or "it": tuple(getattr(leaf, "shape", ())) for path, leaf in flatten(tree).items()}
+
+    unlike = differences(shapes(found), shapes(expected))
+    return unlike or _built_apart(optree.tree_structure(found), optree.tree_structure(expected))
+
+
+def _built_apart(found: optree.PyTreeSpec, expected: optree.PyTreeSpec, path: str = "") -> str:
+    """Returns the first node that two trees of the same leaves have built in different ways, in words, or ""."""
+    if found == expected:
+        return ""
+    nodes = [spec.one_level() for spec in (found, expected)]
+    if nodes[0] != nodes[1]:
+        words = (str(node).removeprefix("PyTreeSpec(").removesuffix(")") for node in nodes)
+        one, other = (textwrap.shorten(word, 100, placeholder=" ...") for word in words)
+        return f"the leaves are the same, but {path or 'the top'} is {one} and should be {other}"
+    pairs = zip(found.entries(), found.children(), expected.children(), strict=True)
+    return next(filter(None, (_built_apart(a, b, f"{path}.{entry}".lstrip(".")) for entry, a, b in pairs)))

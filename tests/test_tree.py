@@ -59,6 +59,49 @@ def test_select_lists_the_nearest_paths_of_a_pattern_that_fits_none():
         tree.select(nested, ["img_inn.weight"])
 
 
+FLUX = tree.unflatten(
+    {
+        **{f"double_blocks.{i}.{s}_attn.qkv.weight": 0 for i in range(2) for s in ("img", "txt")},
+        **{f"single_blocks.{i}.linear{j}.weight": 0 for i in range(2) for j in (1, 2)},
+        **{f"{name}_in.{leaf}": 0 for name in ("img", "txt") for leaf in ("weight", "bias")},
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "near"),
+    [
+        ("*_atn.*", ["double_blocks.0.img_attn.qkv.weight", "double_blocks.0.txt_attn.qkv.weight"]),
+        ("transformer_blocks.*", ["single_blocks.0.linear1.weight", "double_blocks.0.img_attn.qkv.weight"]),
+        ("double_block.1.txt_attn*", ["double_blocks.1.txt_attn.qkv.weight"]),
+        ("*.linear3.weight", ["single_blocks.0.linear1.weight", "single_blocks.0.linear2.weight"]),
+        ("img_in.wieght", ["img_in.weight"]),
+    ],
+)
+def test_the_nearest_paths_are_those_with_the_patterns_words(pattern, near):
+    with pytest.raises(ValueError) as error:
+        tree.select(FLUX, ["*", pattern])
+    said = str(error.value)
+    assert said.startswith(f"pattern {pattern!r} fits no path of the tree; the nearest are {', '.join(near)}")
+    assert said.count(", ") <= 2
+
+
+def test_no_pattern_and_no_path_are_said():
+    for patterns in ([], (), iter(())):
+        with pytest.raises(ValueError, match="patterns is empty, it should be a list of patterns"):
+            tree.select(FLUX, patterns)
+    with pytest.raises(ValueError) as error:
+        tree.select({"double_blocks": []}, ["*"], " (of a note)")
+    assert str(error.value) == "pattern '*' fits no path of the tree, there is none (of a note)"
+
+
+def test_replaced_leaves_are_those_of_the_paths():
+    nested = {"b": 1, "a": [2, {"c": 3}]}
+    found = tree.replace(nested, {"a.1.c": 4, "b": 5})
+    assert found == {"b": 5, "a": [2, {"c": 4}]} and list(found) == ["b", "a"]
+    assert nested == {"b": 1, "a": [2, {"c": 3}]}
+
+
 def test_one_pattern_is_given_in_a_list():
     with pytest.raises(ValueError, match=r"patterns is '\*.weight', it should be a list of patterns: \['\*.weight'\]"):
         tree.select({"img_in": {"weight": 1}}, "*.weight")
@@ -75,6 +118,44 @@ def test_differences_are_listed_with_the_nearest_name():
     assert tree.differences({"img_in.weight": [4, 2], "img_in.bias": (4,)}, expected) == (
         "1 tensor: missing txt_in.weight (nearest: img_in.weight)"
     )
+
+
+class Leaf:
+    """Something with a shape."""
+
+    def __init__(self, *shape):
+        self.shape = shape
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        ({"b": Leaf(), "a": {"c": [Leaf(2)]}}, ""),
+        ({"b": Leaf(), "a": {"c": [Leaf(3)]}}, "1 tensor: a.c.0 is [3] and should be [2]"),
+        ({"b": Leaf(), "a": {"c": []}}, "1 tensor: missing a.c.0"),
+        (
+            {"b": Leaf(), "a": {"c": (Leaf(2),)}},
+            "the leaves are the same, but a.c is (*,) and should be [*]",
+        ),
+        (
+            {"b": Leaf(), "a": {"c": [Leaf(2)], "d": {}}},
+            "the leaves are the same, but a is {'c': *, 'd': *} and should be {'c': *}",
+        ),
+        (
+            {"b": Leaf(), "a.c": [Leaf(2)]},
+            "the leaves are the same, but the top is {'a.c': *, 'b': *} and should be {'a': *, 'b': *}",
+        ),
+    ],
+)
+def test_a_misfit_is_told_in_paths_and_shapes_or_else_in_structure(found, says):
+    assert tree.misfit(found, {"a": {"c": [Leaf(2)]}, "b": Leaf()}) == says
+
+
+def test_a_misfit_of_a_single_leaf_has_a_name_and_of_many_keys_is_short():
+    assert tree.misfit(Leaf(2), Leaf(3)) == "1 tensor: it is [2] and should be [3]"
+    nested = {"top": {f"key_{i}": Leaf() for i in range(100)}}
+    said = tree.misfit(tree.flatten(nested), nested)
+    assert said.startswith("the leaves are the same, but the top is {'top.key_0': *, ") and len(said) < 250
 
 
 @given(st.integers(0, 30), st.integers(0, 30))

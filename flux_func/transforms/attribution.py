@@ -89,6 +89,8 @@ def token_saliency(
         return out.to(at_least_float32(out.dtype))
 
     if region is not None:
+        if region.shape != (shape := batch["latents"].shape):
+            raise ValueError(f"region is {list(region.shape)}: should be {list(shape)}, as the latents")
         return saliency(velocity, chosen, flux.patchify(region), times_input)
     return saliency(lambda chosen: (velocity(chosen) - const["target"]).square().sum(), chosen, None, times_input)
 
@@ -104,13 +106,12 @@ def sensitivity(
     Args:
       fn: `inputs -> output`.
       inputs: a tree of tensors.
-      direction: a tree like the inputs.
+      direction: a tree like the inputs; it is taken in their types.
 
     Raises:
       ValueError: a direction that does not fit.
     """
-    _check_alike(direction, inputs, "direction")
-    return torch.func.jvp(fn, (inputs,), (tree.map(lambda d, x: d.to(x.dtype), direction, inputs),))
+    return torch.func.jvp(fn, (inputs,), (checks.like(direction, inputs, "direction does not fit"),))
 
 
 def prompt_sensitivity(
@@ -154,21 +155,17 @@ def gradient_products(
     Args:
       losses: `(params, samples) -> [B]`, each sample's loss, such as `flow.losses.flow_matching`.
       params: where the gradients are taken.
-      direction: a tree like the parameters.
+      direction: a tree like the parameters; it is taken in their types.
       samples: {name: [B, ...]}.
       chunk: samples at a time; None: all. Memory grows with it.
 
     Raises:
-      ValueError: a direction that does not fit, or losses that are not one for each sample.
+      ValueError: a direction that does not fit, no samples or a chunk below 1, or losses that are not one for each.
     """
-    _check_alike(direction, params, "direction")
-    size = len(next(iter(samples.values())))
-    step = size if chunk is None else chunk
-    products = []
-    for start in range(0, size, step):
-        part = {name: value[start : start + step] for name, value in samples.items()}
+    direction, products = checks.like(direction, params, "direction does not fit"), []
+    for part in checks.chunks(samples, chunk, "samples"):
         out, along = torch.func.jvp(lambda params, part=part: losses(params, part), (params,), (direction,))
-        _check_each(losses, out, min(step, size - start))
+        _check_each(losses, out, checks.samples(part))
         products.append(along)
     return torch.cat(products)
 
@@ -197,14 +194,15 @@ def influence(
       chunk: samples at a time; None: all.
 
     Raises:
-      ValueError: no checkpoints, another number of rates, or losses that are not one for each sample.
+      ValueError: no checkpoints, another number of rates, or as `gradient_products`, of the samples or the query.
     """
     if not checkpoints or len(rates) != len(checkpoints):
         raise ValueError(f"{len(rates)} rates for {len(checkpoints)} checkpoints, there should be one for each")
+    size = checks.samples(query, "query")
 
     def asked(params: tree.Tree) -> Tensor:
         out = losses(params, query)
-        _check_each(losses, out, len(next(iter(query.values()))))
+        _check_each(losses, out, size)
         return out.mean()
 
     parts = (
@@ -276,8 +274,7 @@ def attention_maps(
 
 def _weights(fn: Callable, out: tree.Tree, cotangent: tree.Tree | None) -> tree.Tree:
     if cotangent is not None:
-        _check_alike(cotangent, out, "cotangent")
-        return tree.map(lambda weight, value: weight.to(value.dtype), cotangent, out)
+        return checks.like(cotangent, out, "cotangent does not fit")
     if not isinstance(out, Tensor) or out.ndim:
         raise ValueError(f"{checks.returned(fn, out)}, it should be a scalar where no cotangent is given")
     return torch.ones_like(out)
@@ -286,9 +283,3 @@ def _weights(fn: Callable, out: tree.Tree, cotangent: tree.Tree | None) -> tree.
 def _check_each(losses: Callable, out: tree.Tree, size: int) -> None:
     if not isinstance(out, Tensor) or tuple(out.shape) != (size,):
         raise ValueError(f"{checks.returned(losses, out)}, it should be a loss for each sample, [{size}]")
-
-
-def _check_alike(found: tree.Tree, expected: tree.Tree, what: str) -> None:
-    shapes = [{name: tuple(leaf.shape) for name, leaf in tree.flatten(one).items()} for one in (found, expected)]
-    if words := tree.differences(*shapes):
-        raise ValueError(f"{what} does not fit: {words}")

@@ -29,6 +29,7 @@ Patterns = Sequence[str] | None
 Loss = Callable[..., Tensor]
 # (loss, params, v, *args, patterns) to the product with v.
 Product = Callable[..., tree.Tree]
+UNFIT = "v does not fit the parameters"
 
 
 class Estimate(NamedTuple):
@@ -80,11 +81,12 @@ def hvp(loss: Loss, params: tree.Tree, v: tree.Tree, *args: Any, patterns: Patte
       A tree like v, in the parameters' types.
 
     Raises:
-      ValueError: a loss that is no scalar, a v that does not fit, or a pattern that fits no parameter.
+      ValueError: a loss that is no scalar, a v that does not fit, params without leaves, or a pattern that fits no
+        parameter.
     """
     fn, at = _restricted(checks.scalar(loss), params, patterns)
     gradient = torch.func.grad(lambda part: fn(part, *args))
-    return torch.func.jvp(gradient, (at,), (_fitting(v, at),))[1]
+    return torch.func.jvp(gradient, (at,), (checks.like(v, at, UNFIT),))[1]
 
 
 def gvp(
@@ -106,7 +108,7 @@ def gvp(
     """
     fn, at = _restricted(model, params, patterns)
     run = lambda part: fn(part, *args)  # noqa: E731
-    outputs, moved = torch.func.jvp(run, (at,), (_fitting(v, at),))
+    outputs, moved = torch.func.jvp(run, (at,), (checks.like(v, at, UNFIT),))
     _, curved = torch.func.jvp(torch.func.grad(checks.scalar(loss)), (outputs,), (moved,))
     # The forward pass again, rather than a graph of the tangents that nobody would go back through.
     return torch.func.vjp(run, at)[1](curved)[0]
@@ -126,14 +128,13 @@ def trace(
     Args:
       loss, params, args, patterns: as for `hvp`.
       seed: of the counted draws; a parameter's signs depend on (seed, path, probe) alone.
-      probes: products to take the mean of, at least 2.
+      probes: products to take the mean of, at least 2: a standard error needs them.
       product: with which matrix, see the module.
 
     Raises:
       ValueError: as `hvp`, or fewer than 2 probes.
     """
-    if probes < 2:
-        raise ValueError(f"probes {probes} should be at least 2: a standard error needs them")
+    checks.count("probes", probes, 2)
     _, at = _restricted(loss, params, patterns)
     wide, forms = _wide(at), []
     for signs in _signs(at, seed, probes):
@@ -164,8 +165,7 @@ def diagonal(
     Raises:
       ValueError: as `hvp`, or no probes.
     """
-    if probes < 1:
-        raise ValueError(f"probes {probes} should be at least 1")
+    checks.count("probes", probes)
     _, at = _restricted(loss, params, patterns)
     wide = _wide(at)
     total = tree.map(lambda leaf: torch.zeros_like(leaf, dtype=wide), at)
@@ -176,7 +176,7 @@ def diagonal(
 
 
 def fisher_diagonal(
-    loss: Loss, params: tree.Tree, batch: tree.Tree, chunk: int, patterns: Patterns = None
+    loss: Loss, params: tree.Tree, batch: tree.Tree, chunk: int | None = None, patterns: Patterns = None
 ) -> tree.Tree:
     """Returns the empirical Fisher's diagonal, a tree like the (chosen) parameters: the samples' mean squared gradient.
 
@@ -188,12 +188,12 @@ def fisher_diagonal(
       loss: `(params, sample) -> scalar`, such as `per_sample.one(ff.loss, cfg)`.
       params, patterns: as for `hvp`.
       batch: a tree of tensors [B, ...].
-      chunk: samples at a time, by vmap: so many gradients are held at once.
+      chunk: samples at a time, by vmap; None: all. So many gradients are held at once.
 
     Raises:
       ValueError: as `hvp` and `per_sample.losses`.
     """
-    fn, at = _restricted(loss, params, patterns)
+    fn, at = _restricted(checks.scalar(loss, per_sample.FOR_ONE), params, patterns)
     wide = _wide(at)
 
     def squares(grads: tree.Tree, values: Tensor) -> tuple[tree.Tree, int]:
@@ -228,12 +228,15 @@ def eigenpairs(
         whether they were enough.
 
     Raises:
-      ValueError: as `hvp`, or count not between 1 and both steps and the number of parameters.
+      ValueError: as `hvp`; count not between 1 and both steps and the number of parameters; or a product that is not
+        finite.
     """
+    checks.count("count", count)
+    checks.count("steps", steps)
     _, at = _restricted(loss, params, patterns)
     steps = min(steps, _size(at))
-    if not 1 <= count <= steps:
-        raise ValueError(f"count {count} should be from 1 to {steps}, the steps that there are")
+    if count > steps:
+        raise ValueError(f"count is {count}: should be at most {steps}, the steps that there are")
     matrix, basis, left = _lanczos(lambda v: product(loss, params, v, *args, patterns=patterns), at, seed, 0, steps)
     values, vectors = torch.linalg.eigh(matrix)
     values, vectors = values.flip(0)[:count].to(basis), vectors.flip(1)[:, :count].to(basis)
@@ -261,12 +264,12 @@ def spectrum(
       steps: products for each, at most the number of parameters; as many vectors are held at once.
 
     Raises:
-      ValueError: as `hvp`, or probes or steps below 1.
+      ValueError: as `hvp`, probes or steps below 1, or a product that is not finite.
     """
+    checks.count("probes", probes)
+    checks.count("steps", steps)
     _, at = _restricted(loss, params, patterns)
     steps = min(steps, _size(at))
-    if min(probes, steps) < 1:
-        raise ValueError(f"probes {probes} and steps {steps} should be at least 1")
     matvec, found = lambda v: product(loss, params, v, *args, patterns=patterns), []
     for probe in range(probes):
         matrix, basis, _ = _lanczos(matvec, at, seed, probe, steps)
@@ -293,7 +296,12 @@ def _lanczos(
     for step in range(steps):
         basis[step] = w / w.norm()
         w = _raveled(matvec(_unraveled(basis[step], at)), basis)
-        scale = max(scale, w.norm().item())
+        norm = w.norm().item()
+        if not math.isfinite(norm):
+            raise ValueError(
+                f"product {step} with the matrix has the norm {norm}: the loss's derivatives are not finite"
+            )
+        scale = max(scale, norm)
         matrix[step, step] = (basis[step] @ w).item()
         w = _orthogonal(w, basis[: step + 1])
         left = w.norm().item()
@@ -347,25 +355,10 @@ def _drawn(at: tree.Tree, draw: Callable, seed: int, purpose: str, *position: in
 
 def _restricted(fn: Callable, params: tree.Tree, patterns: Patterns) -> tuple[Callable, tree.Tree]:
     """Returns fn as a function of the chosen parameters alone, `(part, *args)`, and them."""
+    checks.filled(params)
     if patterns is None:
         return fn, params
-    chosen = tree.select(params, patterns)
-    if not chosen:
-        raise ValueError("patterns is empty, it should choose a parameter; None chooses all")
-
-    def restricted(part: tree.Tree, *args: Any) -> Any:
-        leaves = iter({**tree.flatten(params), **part}.values())
-        return fn(tree.map(lambda _: next(leaves), params), *args)
-
-    return restricted, chosen
-
-
-def _fitting(v: tree.Tree, at: tree.Tree) -> tree.Tree:
-    """Returns v in the types and the key order of `at`, whose paths and shapes it must have."""
-    shapes = [{path: tuple(leaf.shape) for path, leaf in tree.flatten(part).items()} for part in (v, at)]
-    if unfit := tree.differences(*shapes):
-        raise ValueError(f"v does not fit the parameters, {unfit}")
-    return tree.map(lambda leaf, tangent: tangent.to(leaf), at, v)
+    return lambda part, *args: fn(tree.replace(params, part), *args), tree.select(params, patterns)
 
 
 def _size(at: tree.Tree) -> int:

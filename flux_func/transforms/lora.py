@@ -7,12 +7,14 @@
 
 After Hu et al. 2021, arXiv:2106.09685: y = x W^T + b + (alpha / rank) (x A^T) B^T. A LoRA is a tree shaped as the
 parameters, with a `LowRank` where an adapted linear's weight and bias are and nothing in the others' place; so a stage
-selects its part of it as of the parameters. Where several are meant, they are given as (LoRA, weight) pairs.
+selects its part of it as of the parameters. Where several are meant, they are given in a list: each as a LoRA, or as a
+pair (LoRA, weight).
 """
 
 import dataclasses
 import functools
 import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +29,7 @@ from flux_func import random, tree
 from flux_func.models import layers
 from flux_func.models.flux import Stage
 from flux_func.models.layers import Ops, Params, at_least_float32
+from flux_func.transforms import checks
 
 # A linear's updates beside its weight and bias, in trees that `combine` makes and no one else sees.
 KEY = "lora"
@@ -82,8 +85,10 @@ _pytree.register_pytree_node(
 )
 
 Lora = tree.Tree
-# One LoRA, or several with their weights: numbers, or scalar tensors, which may be differentiated.
-Loras = Lora | Sequence[tuple[Lora, float | Tensor]]
+# A LoRA with its weight: a number, or a scalar tensor, which may be differentiated.
+Weighted = tuple[Lora, float | Tensor]
+# One, or several.
+Loras = Lora | Weighted | Sequence[Lora | Weighted]
 
 
 def linears(params: Params) -> dict[str, Tensor]:
@@ -96,7 +101,7 @@ def init(
     params: Params,
     patterns: Iterable[str],
     rank: int,
-    alpha: float,
+    alpha: float = 0.0,
     seed: int = 0,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
@@ -106,16 +111,18 @@ def init(
     Args:
       params: the base, meta tensors too.
       patterns: shell wildcards of the linears to adapt, by their paths ("double_blocks.*.img_attn.qkv").
-      rank, alpha: of each; its update is scaled by alpha / rank.
+      rank, alpha: of each; its update is scaled by alpha / rank. An alpha of 0 is the rank, for a scale of 1.
       seed: of the counted draws.
       dtype: of the factors; None: the weight's, and no narrower than float32.
       device: of the factors; None: the weight's, or the CPU for a meta tensor. "meta": shapes without memory.
 
     Raises:
-      ValueError: a rank below 1, an alpha that is no number, or a pattern that fits no linear: the nearest are listed.
+      ValueError: a rank below 1, an alpha that is no number, a type that is not floating, no pattern, or one that fits
+        no linear: the nearest are listed.
     """
-    if not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"rank is {rank!r}: should be a whole number from 1 on")
+    checks.count("rank", rank)
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}: should be a floating type")
     if not math.isfinite(alpha):
         raise ValueError(f"alpha is {alpha!r}: should be a finite number, such as the rank, {rank}")
 
@@ -124,12 +131,12 @@ def init(
         where = torch.device(device or ("cpu" if weight.is_meta else weight.device))
         B = torch.zeros(out, rank, dtype=kind, device=where)
         if where.type == "meta":
-            return LowRank(torch.empty(rank, fan_in, dtype=kind, device=where), B, float(alpha))
+            return LowRank(torch.empty(rank, fan_in, dtype=kind, device=where), B, float(alpha or rank))
         uniform = random.generator(seed, f"lora/{path}.A").random((rank, fan_in), dtype="float32")
         A = (2 * torch.from_numpy(uniform) - 1) / math.sqrt(fan_in)
-        return LowRank(A.to(where, kind), B, float(alpha))
+        return LowRank(A.to(where, kind), B, float(alpha or rank))
 
-    chosen = tree.select(linears(params), patterns)
+    chosen = tree.select(linears(params), patterns, " (linears are named without .weight)")
     return place({path: draw(path, weight) for path, weight in chosen.items()}, params)
 
 
@@ -154,9 +161,18 @@ def place(found: Mapping[str, LowRank], params: Params) -> Lora:
 
 
 def updates(lora: Lora) -> dict[str, LowRank]:
-    """Returns {path of a linear: update} of a LoRA: `place`'s inverse."""
+    """Returns {path of a linear: update} of a LoRA: `place`'s inverse.
+
+    Raises:
+      ValueError: a tree with another leaf than updates.
+    """
     paths, found, _ = optree.tree_flatten_with_path(lora, is_leaf=lambda node: isinstance(node, LowRank))
-    return {".".join(map(str, path)): update for path, update in zip(paths, found, strict=True)}
+    named = {".".join(map(str, path)): update for path, update in zip(paths, found, strict=True)}
+    for path, update in named.items():
+        if not isinstance(update, LowRank):
+            kind = type(update).__name__
+            raise ValueError(f"the LoRA has a {kind} at {path!r}, where a LowRank should be: is it the base?")
+    return named
 
 
 # Using one.
@@ -169,14 +185,21 @@ def apply(fn: Callable) -> Callable:
       fn: such as ff.loss, ff.apply or ff.sample: any function that computes its linears by `ops.linear`.
 
     Returns:
-      `(base, loras, *args, ops=Ops(), **kwargs)`; loras is one LoRA, or a sequence of (LoRA, weight). It raises
-      ValueError for a LoRA that does not fit the base.
+      `(base, loras, *args, ops=Ops(), **kwargs)`; loras is a LoRA, a pair (LoRA, weight), or a list of such. It raises
+      ValueError for a LoRA that does not fit the base; and where fn itself returns gradients, as ff.grad_and_value: a
+      LoRA's are those of `torch.func.grad(apply(ff.loss), argnums=1)`, or of a fold with ops `over` the base.
     """
 
-    @functools.wraps(fn)
     def adapted(base: Params, loras: Loras, *args: Any, ops: Ops = Ops(), **kwargs: Any) -> Any:
-        return fn(combine(base, loras), *args, ops=with_updates(ops), **kwargs)
+        if any(isinstance(arg, Ops) for arg in args):
+            raise ValueError(f"{checks.name(fn)} of a LoRA takes its ops by name: ops=...")
+        out = fn(combine(base, loras), *args, ops=with_updates(ops), **kwargs)
+        if any(KEY in path for path in optree.tree_paths(out, is_leaf=lambda node: isinstance(node, LowRank))):
+            remedy = "differentiate lora.apply(loss), or give a fold the LoRA as params and ops=lora.over(...)"
+            raise ValueError(f"{checks.name(fn)} returned gradients of the base and the LoRA in one tree: {remedy}")
+        return out
 
+    adapted.__name__ = checks.name(fn)
     return adapted
 
 
@@ -245,12 +268,19 @@ def merge(base: Params, loras: Loras) -> Params:
     """Returns the base with the updates added to its weights: new tensors in the weights' type, the others shared.
 
     The sum is taken in float32 at least. `unmerge` is the inverse, up to rounding in the weights' type.
+
+    Args:
+      base: a model's parameters.
+      loras: a LoRA, a pair (LoRA, weight), or a list of such.
+
+    Raises:
+      ValueError: a LoRA that does not fit; the shapes are named.
     """
     return _walk(base, _weighted(loras), _merged, "")
 
 
 def unmerge(merged: Params, loras: Loras) -> Params:
-    """Returns the base of which `merge` with these LoRAs made `merged`, up to rounding."""
+    """Returns the base of which `merge` with these LoRAs made `merged`, up to rounding; raises as `merge`."""
     return merge(merged, [(lora, -weight) for lora, weight in _weighted(loras)])
 
 
@@ -273,11 +303,23 @@ def merge_leaf(name: str, leaf: Tensor, found: Sequence[LowRank]) -> Tensor:
     return total.to(leaf.dtype)
 
 
-def _weighted(loras: Loras) -> list[tuple[Lora, float | Tensor]]:
-    return list(loras) if isinstance(loras, (list, tuple)) else [(loras, 1.0)]
+def _weighted(loras: Loras) -> list[Weighted]:
+    """Returns LoRAs as pairs with their weights, however they were given; ValueError for what is none."""
+
+    def is_pair(given: Any) -> bool:
+        return isinstance(given, (list, tuple)) and len(given) == 2 and isinstance(given[1], (numbers.Real, Tensor))
+
+    several = loras if isinstance(loras, (list, tuple)) and not is_pair(loras) else [loras]
+    pairs = [tuple(one) if is_pair(one) else (one, 1.0) for one in several]
+    for lora, weight in pairs:
+        checks.weight("the weight of a LoRA", weight)
+        for path in updates(lora):
+            if isinstance(lora, dict) and "." in path and path in lora:
+                raise ValueError(f"the LoRA is of paths, such as {path!r}: lora.place makes a tree for the base of it")
+    return pairs
 
 
-def _walk(node: Any, loras: list[tuple[Any, float | Tensor]], adapt: Callable, path: str) -> Any:
+def _walk(node: Any, loras: list[Weighted], adapt: Callable, path: str) -> Any:
     """Returns the tree `node` with `adapt(linear's params, its updates)` wherever some LoRA has an update."""
     found = tuple(_times(part, weight) for part, weight in loras if isinstance(part, LowRank))
     if found:

@@ -5,21 +5,22 @@
     norms, losses = per_sample.ghost_norms(loss, params, batch, chunk=16)
 
 A loss is `loss(params, sample) -> scalar`; a batch is a tree of tensors of which each has the batch, B, as its first
-dimension, and a sample is the same tree without it. Samples are taken `chunk` at a time: that, and not B, is what the
-memory grows with. Params are any tree.
+dimension, and a sample is the same tree without it. Samples are taken `chunk` at a time, None: all; that, and not B, is
+what the memory grows with. Params are any tree.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import optree
 import torch
 from torch import Tensor
 
 from flux_func import random, tree
 from flux_func.models.layers import Ops, at_least_float32
 from flux_func.transforms import checks, lora
+from flux_func.transforms.weights import is_hole
 from flux_func.tree import Tree
 
 Loss = Callable[..., Tensor]
@@ -32,30 +33,31 @@ def one(loss: Loss, *static: Any) -> Loss:
     The sample gets its batch dimension back: it is a batch of one.
     """
 
-    @functools.wraps(loss)
     def of_sample(params: Tree, sample: Tree, **kwargs: Any) -> Tensor:
         return loss(params, *static, tree.map(lambda x: x[None], sample), **kwargs)
 
+    of_sample.__name__ = checks.name(loss)
     return of_sample
 
 
-def losses(loss: Loss, params: Tree, batch: Tree, chunk: int) -> Tensor:
+def losses(loss: Loss, params: Tree, batch: Tree, chunk: int | None = None) -> Tensor:
     """Returns the loss of each sample, [B].
 
     Raises:
-      ValueError: a chunk below 1, a batch of tensors that differ in B, or a loss that is no scalar; so do all below.
+      ValueError: a chunk below 1, tensors that differ in B, or a loss that is no scalar. So do all below; and for a
+        params without leaves those that differentiate.
     """
     each = torch.func.vmap(checks.scalar(loss, FOR_ONE), in_dims=(None, 0))
-    return torch.cat([each(params, part) for part in _chunks(batch, chunk)])
+    return torch.cat([each(params, part) for part in checks.chunks(batch, chunk)])
 
 
-def gradients(loss: Loss, params: Tree, batch: Tree, chunk: int) -> Tree:
+def gradients(loss: Loss, params: Tree, batch: Tree, chunk: int | None = None) -> Tree:
     """Returns the gradient of each sample's loss: a tree like params, each leaf with the batch before its shape."""
     parts = each(loss, params, batch, chunk, lambda grads, values: grads)
     return tree.map(lambda *leaves: torch.cat(leaves), *parts)
 
 
-def norms(loss: Loss, params: Tree, batch: Tree, chunk: int) -> tuple[Tensor, Tensor]:
+def norms(loss: Loss, params: Tree, batch: Tree, chunk: int | None = None) -> tuple[Tensor, Tensor]:
     """Returns the norm of each sample's gradient as one vector, and each sample's loss: both [B], float32 or wider.
 
     Never more than `chunk` gradients are held.
@@ -64,7 +66,7 @@ def norms(loss: Loss, params: Tree, batch: Tree, chunk: int) -> tuple[Tensor, Te
     return tuple(torch.cat(column) for column in zip(*found, strict=True))
 
 
-def each(loss: Loss, params: Tree, batch: Tree, chunk: int, take: Callable[[Tree, Tensor], Any]) -> Iterator:
+def each(loss: Loss, params: Tree, batch: Tree, chunk: int | None, take: Callable[[Tree, Tensor], Any]) -> Iterator:
     """Yields `take(gradients, losses)` of one chunk after the other, and holds on to none: statistics of one's own.
 
     Args:
@@ -72,8 +74,8 @@ def each(loss: Loss, params: Tree, batch: Tree, chunk: int, take: Callable[[Tree
       take: of a tree like params, each leaf with the chunk's samples before its shape, and their losses [samples].
     """
     gradients = torch.func.vmap(torch.func.grad_and_value(checks.scalar(loss, FOR_ONE)), in_dims=(None, 0))
-    for part in _chunks(batch, chunk):
-        yield take(*gradients(params, part))
+    for part in checks.chunks(batch, chunk):
+        yield take(*gradients(checks.filled(params), part))
 
 
 def _squares(grads: Tree) -> Tensor:
@@ -82,60 +84,71 @@ def _squares(grads: Tree) -> Tensor:
     return sum(torch.linalg.vector_norm(leaf, dim=1).square() for leaf in flat)
 
 
-def _chunks(batch: Tree, chunk: int) -> Iterator[Tree]:
-    if not isinstance(chunk, int) or chunk < 1:
-        raise ValueError(f"chunk is {chunk!r}: should be a number of samples, from 1 on")
-    sizes = {path: leaf.shape[0] if leaf.ndim else None for path, leaf in tree.flatten(batch).items()}
-    if len(set(sizes.values())) != 1 or None in sizes.values() or 0 in sizes.values():
-        raise ValueError(f"batch has the first dimensions {sizes}: should be one, the number of samples")
-    for start in range(0, next(iter(sizes.values())), chunk):
-        yield tree.map(lambda leaf, start=start: leaf[start : start + chunk], batch)
-
-
 # Norms without gradients.
 
 # Where a linear's probe is put beside its weight, in trees that no one else sees.
 KEY = "ghost"
 
 
-def ghost_norms(loss: Loss, params: Tree, batch: Tree, chunk: int, ops: Ops = Ops()) -> tuple[Tensor, Tensor]:
+def ghost_norms(
+    loss: Loss, params: Tree, batch: Tree, chunk: int | None = None, ops: Ops = Ops()
+) -> tuple[Tensor, Tensor]:
     """Returns what `norms` returns, without the gradients of linears' weights ever being computed or held.
 
     A linear's weight has the gradient g^T x, x [L, in] and g [L, out] being its input and its output's gradient. Of
     one row its norm is |g| |x| (Goodfellow 2015, arXiv:1510.01799); of several it is sqrt(<x x^T, g g^T>) or that of
     the product, whichever takes less arithmetic (Li et al. 2022, arXiv:2110.05679). The gradients of all other
-    parameters, such as the norms' scales, are computed for each sample as they are.
+    parameters, such as the norms' scales or a LoRA's factors, are computed for each sample as they are.
 
     Args:
       loss: `loss(params, sample, ops=)`, computing its linears, params' nodes with a two-dimensional "weight", each
-        once, by `ops.linear`: `one(ff.loss, cfg)` for example.
+        once, by `ops.linear`: `one(ff.loss, cfg)` for example. Other linears may be computed by it too.
       params, batch, chunk: as for `norms`.
       ops: how the rest is done; its `linear` may add to the product what does not depend on the weight.
 
     Raises:
-      ValueError: as for `losses`; or a linear that was not computed by ops.linear, or more than once.
+      ValueError: as for `losses`; a linear that was not computed by ops.linear, or more than once; a weight on which
+        the first sample's loss depends outside of it too, as by a penalty; or params with `weights.partition`'s holes.
     """
-    flat, linears = tree.flatten(params), lora.linears(params)
-    weights = {f"{path}.{name}" for path in linears for name in ("weight", "bias")}
+    if any(map(is_hole, optree.tree_leaves(params, is_leaf=is_hole))):
+        raise ValueError("params has holes, as weights.partition leaves them: norms should be used, which takes them")
+    flat, linears = tree.flatten(checks.filled(params)), lora.linears(params)
+    weights = {name: flat[name] for path in linears for name in (f"{path}.weight", f"{path}.bias") if name in flat}
     others = {path: leaf for path, leaf in flat.items() if path not in weights}
     # Zeros, in whose gradient a linear's backward puts (the squared norm of its own, 1).
     probes = {path: leaf.new_zeros(2, dtype=at_least_float32(leaf.dtype)) for path, leaf in linears.items()}
     ghost = dataclasses.replace(ops, linear=_ghost_linear(ops.linear))
+    parts, loss = checks.chunks(batch, chunk), checks.scalar(loss, FOR_ONE)
+    if weights:
+        _check_inside(loss, params, weights, tree.map(lambda x: x[0], batch), ops)
 
     def probed(probes: Mapping[str, Tensor], others: Mapping[str, Tensor], sample: Tree) -> Tensor:
-        leaves = iter({**flat, **others}.values())
-        return checks.scalar(loss, FOR_ONE)(
-            _with_probes(tree.map(lambda _: next(leaves), params), probes), sample, ops=ghost
-        )
+        return loss(_with_probes(tree.replace(params, others), probes), sample, ops=ghost)
 
     each = torch.func.vmap(torch.func.grad_and_value(probed, argnums=(0, 1)), in_dims=(None, None, 0))
     found = []
-    for part in _chunks(batch, chunk):
+    for part in parts:
         (of_linears, of_others), values = each(probes, others, part)
         _check_counts(of_linears)
         squares = sum(pair[:, 0] for pair in of_linears.values()) + (_squares(of_others) if others else 0)
         found.append((squares.sqrt(), values))
     return tuple(torch.cat(column) for column in zip(*found, strict=True))
+
+
+def _check_inside(loss: Loss, params: Tree, weights: Mapping[str, Tensor], sample: Tree, ops: Ops) -> None:
+    """Checks that a loss does not depend on linears' weights where all that ops.linear is given is constant."""
+
+    def linear(params: Tree, x: Tensor, path: str) -> Tensor:
+        return ops.linear(tree.map(torch.Tensor.detach, params), x, path)
+
+    leaves = {path: leaf.detach().requires_grad_() for path, leaf in weights.items()}
+    with torch.enable_grad():
+        value = loss(tree.replace(params, leaves), sample, ops=dataclasses.replace(ops, linear=linear))
+    found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True) if value.requires_grad else ()
+    for path, grad in zip(leaves, found, strict=False):
+        # A rematerialized stage gives a gradient of zero to what it does not use.
+        if grad is not None and grad.any():
+            raise ValueError(f"the loss depends on {path} outside ops.linear: norms should be used, which allows it")
 
 
 def _check_counts(found: Mapping[str, Tensor]) -> None:
@@ -145,18 +158,18 @@ def _check_counts(found: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{path} was computed {count:.0f} times by ops.linear: should be once, or norms be used")
 
 
-def _with_probes(node: Any, probes: Mapping[str, Tensor], path: str = "") -> Any:
-    if path in probes:
-        return {**node, KEY: probes[path]}
-    if isinstance(node, dict):
-        return {key: _with_probes(child, probes, f"{path}.{key}".lstrip(".")) for key, child in node.items()}
-    if isinstance(node, (list, tuple)):
-        return [_with_probes(child, probes, f"{path}.{i}".lstrip(".")) for i, child in enumerate(node)]
-    return node
+def _with_probes(params: Tree, probes: Mapping[str, Tensor]) -> Tree:
+    def beside(path: tuple, node: Any) -> Any:
+        probe = probes.get(".".join(map(str, path)))
+        return node if probe is None else {**node, KEY: probe}
+
+    return optree.tree_map_with_path(beside, params, is_leaf=lambda node: isinstance(node, dict) and "weight" in node)
 
 
 def _ghost_linear(inner: Callable) -> Callable:
     def linear(params: Tree, x: Tensor, path: str) -> Tensor:
+        if KEY not in params:
+            return inner(params, x, path)
         layer = {name: leaf for name, leaf in params.items() if name != KEY}
         return _Ghost.apply(inner(layer, x, path), x, params[KEY], "bias" in layer)
 
@@ -212,7 +225,7 @@ class NoiseScale(NamedTuple):
     scale: Tensor
 
 
-def noise_scale(loss: Loss, params: Tree, batch: Tree, chunk: int) -> NoiseScale:
+def noise_scale(loss: Loss, params: Tree, batch: Tree, chunk: int | None = None) -> NoiseScale:
     """Returns the simple noise scale (McCandlish et al. 2018, arXiv:1812.06162), from batches of 1 and of B >= 2.
 
     A batch much smaller than the scale leaves |G|^2 in noise, of either sign, and the scale without meaning: then more
@@ -256,15 +269,16 @@ def by_timestep(timesteps: Tensor, values: Mapping[str, Tensor], bins: int = 10)
     Args:
       timesteps: [B], in [0, 1].
       values: {name: [B]}.
-      bins: their number.
+      bins: their number, from 1 on.
 
     Returns:
       "edges" [bins + 1], "centres" [bins], "count" [bins] and, for each name, {"mean", "std": [bins]}: NaN where a bin
       is empty. The standard deviation is that of the samples there are (dividing by the count).
 
     Raises:
-      ValueError: timesteps outside [0, 1], or values of another length.
+      ValueError: timesteps outside [0, 1], values of another length, or no bins.
     """
+    checks.count("bins", bins)
     if timesteps.ndim != 1 or not bool(((timesteps >= 0) & (timesteps <= 1)).all()):
         raise ValueError(f"timesteps {list(timesteps.shape)} should be [B] in [0, 1]")
     place = (timesteps * bins).long().clamp(max=bins - 1)
@@ -287,7 +301,7 @@ def by_timestep(timesteps: Tensor, values: Mapping[str, Tensor], bins: int = 10)
 
 
 def clipped_sum(
-    loss: Loss, params: Tree, batch: Tree, clip_norm: float, chunk: int, norms: Tensor | None = None
+    loss: Loss, params: Tree, batch: Tree, clip_norm: float, chunk: int | None = None, norms: Tensor | None = None
 ) -> tuple[Tree, Tensor]:
     """Returns the sum of the samples' gradients, each scaled down to norm clip_norm at most, and the norms [B].
 
@@ -299,15 +313,17 @@ def clipped_sum(
       clip_norm: above 0.
       norms: [B], where they are known, from `ghost_norms` say: then no sample's gradient is held, and the sum is the
         gradient of the losses' weighted sum (Li et al. 2022, arXiv:2110.05679).
+
+    Raises:
+      ValueError: as for `losses`; a clip_norm that is not above 0, or norms that are not one for each sample.
     """
-    _check_positive("clip_norm", clip_norm)
+    checks.positive("clip_norm", clip_norm)
 
     def weights(norms: Tensor) -> Tensor:
         return clip_norm / norms.clamp(min=clip_norm)
 
     def take(grads: Tree, values: Tensor) -> tuple[Tree, Tensor]:
-        norms = _squares(grads).sqrt()
-        scale = weights(norms)
+        scale = weights(norms := _squares(grads).sqrt())
         return tree.map(lambda leaf: torch.tensordot(scale.to(leaf.dtype), leaf, 1), grads), norms
 
     def weighted(params: Tree, part: Tree, norms: Tensor) -> Tensor:
@@ -315,9 +331,10 @@ def clipped_sum(
 
     if norms is None:
         return _sum(each(loss, params, batch, chunk, take))
-    norms = norms.detach()
-    pairs = zip(_chunks(batch, chunk), norms.split(chunk), strict=True)
-    return _sum((torch.func.grad(weighted)(params, part, known), known) for part, known in pairs)
+    if list(norms.shape) != (expected := [checks.samples(batch)]):
+        raise ValueError(f"norms is {list(norms.shape)}: should be {expected}, one for each sample of the batch")
+    pairs = checks.chunks((batch, norms.detach()), chunk)
+    return _sum((torch.func.grad(weighted)(checks.filled(params), part, known), known) for part, known in pairs)
 
 
 def _sum(parts: Iterator[tuple[Tree, Tensor]]) -> tuple[Tree, Tensor]:
@@ -357,8 +374,8 @@ def private(optimizer: Any, clip_norm: float, noise_multiplier: float, batch_siz
     Raises:
       ValueError: numbers out of range.
     """
-    _check_positive("clip_norm", clip_norm)
-    _check_positive("batch_size", batch_size)
+    checks.positive("clip_norm", clip_norm)
+    checks.positive("batch_size", batch_size)
     if not noise_multiplier >= 0:
         raise ValueError(f"noise_multiplier is {noise_multiplier!r}: should be a number from 0 on")
 
@@ -367,8 +384,7 @@ def private(optimizer: Any, clip_norm: float, noise_multiplier: float, batch_siz
 
     def update(total: Tree, state: Tree, params: Tree, scale: Tensor | None = None) -> tuple[Tree, Tree]:
         noise = _noise(total, seed, int(state["step"]))
-        std = noise_multiplier * clip_norm
-        grads = tree.map(lambda leaf: (leaf + std * next(noise)) / batch_size, total)
+        grads = tree.map(lambda leaf: (leaf + noise_multiplier * clip_norm * next(noise)) / batch_size, total)
         params, inner = optimizer.update(grads, state["inner"], params, scale)
         state["step"] += 1
         return params, {**state, "inner": inner}
@@ -381,8 +397,3 @@ def _noise(like: Tree, seed: int, step: int) -> Iterator[Tensor]:
     for path, leaf in tree.flatten(like).items():
         draw = random.normal(seed, f"privacy/{path}", step, tuple(leaf.shape))
         yield torch.as_tensor(draw).to(leaf.device, leaf.dtype)
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name} is {value!r}: should be a number above 0")

@@ -22,11 +22,14 @@ from torch import Tensor
 
 from flux_func import tree
 from flux_func.models.layers import at_least_float32
+from flux_func.transforms import checks
 
 Weight = float | Tensor
 
 # Stands where a leaf is in the other part. It holds no leaf, for optree as for torch.func (which refuses None).
 HOLE = ()
+# Of either part, where only the structure counts.
+_ANY = torch.empty(())
 
 _BLOCK_OF = re.compile(rf"\b({'|'.join(tree.LISTS)})\.\d+\.")
 
@@ -60,8 +63,9 @@ def lerp(start: tree.Tree, end: tree.Tree, weight: Weight) -> tree.Tree:
       weight: a number or a scalar tensor; outside [0, 1] it is extrapolated.
 
     Raises:
-      ValueError: trees that differ.
+      ValueError: trees that differ, or a weight that is no scalar.
     """
+    checks.weight("weight", weight)
     _check_alike((start, end), "lerp")
     return _sum((start, end), (1 - weight, weight))
 
@@ -77,8 +81,9 @@ def slerp(start: tree.Tree, end: tree.Tree, weight: Weight) -> tree.Tree:
       weight: a number or a scalar tensor.
 
     Raises:
-      ValueError: trees that differ.
+      ValueError: trees that differ, or a weight that is no scalar.
     """
+    checks.weight("weight", weight)
     _check_alike((start, end), "slerp")
     return tree.map(lambda a, b: _turn(a, b, weight), start, end)
 
@@ -123,6 +128,7 @@ def add_tasks(
     Raises:
       ValueError: trees that differ, or another number of weights.
     """
+    _check_listed(vectors, "add_tasks")
     _check_alike((base, *vectors), "add_tasks")
     weights = _weights(weights, len(vectors), "add_tasks")
     return _sum((base, *vectors), (1, *weights))
@@ -176,7 +182,7 @@ def partition(params: tree.Tree, patterns: Iterable[str]) -> tuple[tree.Tree, tr
       patterns: of dotted paths, with shell wildcards: `double_blocks.*.img_mlp.*`.
 
     Raises:
-      ValueError: a pattern that fits no path; the message lists the nearest.
+      ValueError: no pattern, or one that fits no path; the message lists the nearest.
     """
     chosen = tree.select(params, patterns)
     paths, leaves, spec = optree.tree_flatten_with_path(params)
@@ -194,17 +200,20 @@ def combine(trained: tree.Tree, frozen: tree.Tree) -> tree.Tree:
     Raises:
       ValueError: structures that differ, or a leaf that is in both or in neither.
     """
+    filled = (optree.tree_map(lambda _: _ANY, part, is_leaf=is_hole) for part in (frozen, trained))
+    checks.alike(*filled, "combine: frozen is not like trained")
 
     def either(path: tuple, one: Tensor | tuple, other: Tensor | tuple) -> Tensor:
-        if _is_hole(one) == _is_hole(other):
-            where = "neither part" if _is_hole(one) else "both parts"
+        if is_hole(one) == is_hole(other):
+            where = "neither part" if is_hole(one) else "both parts"
             raise ValueError(f"combine: {'.'.join(map(str, path))} is in {where}, it should be in one")
-        return other if _is_hole(one) else one
+        return other if is_hole(one) else one
 
-    return optree.tree_map_with_path(either, trained, frozen, is_leaf=_is_hole)
+    return optree.tree_map_with_path(either, trained, frozen, is_leaf=is_hole)
 
 
-def _is_hole(node: Any) -> bool:
+def is_hole(node: Any) -> bool:
+    """Returns whether a node stands where a leaf is in the other part."""
     return isinstance(node, tuple) and node == HOLE
 
 
@@ -327,16 +336,26 @@ def _sum(trees: Sequence[tree.Tree], weights: Sequence[Weight]) -> tree.Tree:
 
 def _weights(weights: Sequence[float] | Tensor | None, count: int, name: str) -> Sequence[Weight]:
     weights = [1.0] * count if weights is None else weights
+    if isinstance(weights, Tensor):
+        if tuple(weights.shape) != (count,):
+            raise ValueError(f"{name}: weights is {list(weights.shape)}, it should be [{count}]: one for each tree")
+        return weights.unbind()
     if len(weights) != count:
         raise ValueError(f"{name}: {len(weights)} weights for {count} trees, there should be one for each")
-    return weights.unbind() if isinstance(weights, Tensor) else weights
+    for place, weight in enumerate(weights):
+        checks.weight(f"{name}: weight {place}", weight)
+    return weights
 
 
 def _check_alike(trees: Sequence[tree.Tree], name: str) -> None:
-    """Checks that all trees have the leaves of the first, of the same shapes."""
+    """Checks that all trees have the structure of the first and its leaves' shapes."""
+    _check_listed(trees, name)
     if not trees:
         raise ValueError(f"{name}: no trees, there should be at least one")
-    shapes = [{path: tuple(leaf.shape) for path, leaf in tree.flatten(one).items()} for one in trees]
-    for index, found in enumerate(shapes[1:], 1):
-        if words := tree.differences(found, shapes[0]):
-            raise ValueError(f"{name}: tree {index} is not like tree 0: {words}")
+    for index, one in enumerate(trees[1:], 1):
+        checks.alike(one, trees[0], f"{name}: tree {index} is not like tree 0")
+
+
+def _check_listed(trees: Sequence[tree.Tree], name: str) -> None:
+    if not isinstance(trees, Sequence):
+        raise ValueError(f"{name}: the trees are a {type(trees).__name__}, they should be in a list")

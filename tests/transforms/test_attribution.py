@@ -78,10 +78,43 @@ def test_saliency_of_what_is_no_scalar_is_refused():
 
     with pytest.raises(ValueError, match=r"spread returned a tensor \[3\], it should be a scalar"):
         attribution.saliency(spread, torch.ones(3))
-    with pytest.raises(ValueError, match=r"cotangent does not fit: .* is \[2\] and should be \[3\]"):
+    with pytest.raises(ValueError, match=r"cotangent does not fit: 1 tensor: it is \[2\] and should be \[3\]"):
         attribution.saliency(spread, torch.ones(3), torch.ones(2))
     with pytest.raises(ValueError, match="<lambda> returned a tuple"):
         attribution.saliency(lambda x: (x, x), torch.ones(()))
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (2, 16, 2, 6), (1, 16, 4, 6)])
+def test_a_region_of_another_shape_than_the_latents_is_refused(shape):
+    with pytest.raises(ValueError) as error:
+        attribution.token_saliency(PARAMS, DEEPER, tiny_model.batch(), region=torch.ones(shape))
+    assert str(error.value) == f"region is {list(shape)}: should be [2, 16, 4, 6], as the latents"
+
+
+def test_trees_are_paired_by_their_keys_whatever_their_order_and_types():
+    ab, ba = {"a": torch.tensor(2.0), "b": torch.tensor(3.0)}, {"b": torch.tensor(5.0), "a": torch.tensor(7.0)}
+    wide = tree.map(torch.Tensor.double, ab)
+    # The derivative of a^2 b along (7, 5): 2 a b 7 + a^2 5.
+    square = lambda q: q["a"].square() * q["b"]  # noqa: E731
+    for at in (ab, wide):
+        value, change = attribution.sensitivity(square, at, ba)
+        assert (value.item(), change.item()) == (12, 104)
+        samples = {"x": torch.arange(3, dtype=at["a"].dtype)}
+        found = attribution.gradient_products(lambda q, samples: samples["x"] * square(q), at, ba, samples)
+        assert found.tolist() == [0, 104, 208] and found.dtype == at["a"].dtype
+        # The cotangent of a is 7 and of b 5.
+        marks = attribution.saliency(
+            lambda q: {"a": q["a"].sum(), "b": q["b"].sum()}, tree.map(lambda x: x[None], at), ba
+        )
+        assert (marks["a"].item(), marks["b"].item()) == (7, 5)
+
+
+def test_trees_built_in_another_way_are_refused():
+    nested, flat = {"a": {"b": torch.ones(2)}}, {"a.b": torch.ones(2)}
+    with pytest.raises(
+        ValueError, match=r"direction does not fit: the leaves are the same, but the top is {'a.b': \*}"
+    ):
+        attribution.sensitivity(lambda q: q["a"]["b"], nested, flat)
 
 
 @either_attention
@@ -150,6 +183,25 @@ def test_losses_that_are_not_one_a_sample_are_refused():
         attribution.influence(mean, [params, params], [0.1], samples, samples)
     with pytest.raises(ValueError, match="direction does not fit: .*missing w"):
         attribution.gradient_products(mean, params, {"v": torch.ones(())}, samples)
+
+
+def test_samples_and_chunks_that_cannot_be_are_refused():
+    def each(params, part):
+        return params["w"] * part["x"]
+
+    some, none, params = {"x": torch.ones(3)}, {"x": torch.ones(0)}, {"w": torch.ones(())}
+    for chunk in (0, -1):
+        with pytest.raises(ValueError, match=f"chunk is {chunk}: should be a whole number from 1 on"):
+            attribution.gradient_products(each, params, params, some, chunk)
+        with pytest.raises(ValueError, match=f"chunk is {chunk}: should be a whole number from 1 on"):
+            attribution.influence(each, [params], [1.0], some, some, chunk)
+    for empty in (none, {}):
+        with pytest.raises(ValueError, match="samples has the first dimensions"):
+            attribution.gradient_products(each, params, params, empty)
+        with pytest.raises(ValueError, match="samples has the first dimensions"):
+            attribution.influence(each, [params], [1.0], empty, some)
+        with pytest.raises(ValueError, match="query has the first dimensions"):
+            attribution.influence(each, [params], [1.0], some, empty)
 
 
 # Attention.

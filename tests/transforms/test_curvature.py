@@ -266,7 +266,7 @@ def test_fisher_diagonal_is_the_mean_of_squares():
     def one(params, sample):
         return loss(params, sample["x"][None], sample["target"][None])
 
-    for chunk in (1, 2, 4, 5, 8):
+    for chunk in (1, 2, 4, 5, 8, None):
         found = curvature.fisher_diagonal(one, params, batch, chunk=chunk)
         torch.testing.assert_close(ravel(found), expected, rtol=1e-12, atol=1e-15)
     part = curvature.fisher_diagonal(one, params, batch, chunk=4, patterns=CHOSEN)
@@ -343,10 +343,12 @@ def test_misuse_gives_a_sentence(tiny):
         curvature.hvp(loss, params, v, *data, patterns=["layer.*"])
     with pytest.raises(ValueError, match="patterns is empty"):
         curvature.trace(loss, params, *data, seed=0, patterns=[])
-    with pytest.raises(ValueError, match=r"v does not fit the parameters, 1 tensor: b is \[2\] and should be \[3\]"):
+    with pytest.raises(ValueError, match=r"v does not fit the parameters: 1 tensor: b is \[2\] and should be \[3\]"):
         curvature.hvp(loss, params, {**v, "b": torch.ones(2, dtype=TYPE)}, *data)
-    with pytest.raises(ValueError, match="v does not fit the parameters, .* missing b"):
+    with pytest.raises(ValueError, match="v does not fit the parameters: .* missing b"):
         curvature.gvp(model, nonlinear, params, {}, data[0], patterns=["b"])
+    with pytest.raises(ValueError, match="v does not fit .*: the leaves are the same, but layers is {'0.k'"):
+        curvature.hvp(loss, params, {**v, "layers": tree.flatten(v["layers"])}, *data)
 
     def losses(params, x, target):
         return (model(params, x) - target).square().mean(1)
@@ -364,11 +366,35 @@ def test_misuse_gives_a_sentence(tiny):
         curvature.fisher_diagonal(lambda params, x: params["b"] * x.sum(), params, data[0], chunk=4)
     with pytest.raises(ValueError, match="<lambda> returned a dict"):
         curvature.gvp(model, lambda out: {"loss": out.sum()}, params, v, data[0])
-    with pytest.raises(ValueError, match="probes 1 should be at least 2"):
+    with pytest.raises(ValueError, match="probes is 1: should be a whole number from 2 on"):
         curvature.trace(loss, params, *data, seed=0, probes=1)
-    with pytest.raises(ValueError, match="probes 0 should be at least 1"):
+    with pytest.raises(ValueError, match="probes is 0: should be a whole number from 1 on"):
         curvature.diagonal(loss, params, *data, seed=0, probes=0)
-    with pytest.raises(ValueError, match="count 25 should be from 1 to 24"):
+    with pytest.raises(ValueError, match="count is 25: should be at most 24"):
         curvature.eigenpairs(loss, params, *data, seed=0, count=25, steps=100)
-    with pytest.raises(ValueError, match="probes 0 and steps 24"):
-        curvature.spectrum(loss, params, *data, seed=0, probes=0)
+    for wrong in ({"count": 0}, {"steps": 0}, {"count": 1.5}):
+        (name,) = wrong
+        with pytest.raises(ValueError, match=f"{name} is .*: should be a whole number from 1 on"):
+            curvature.eigenpairs(loss, params, *data, seed=0, **wrong)
+    for wrong in ({"probes": 0}, {"steps": 0}, {"probes": v}):
+        (name,) = wrong
+        with pytest.raises(ValueError, match=f"{name} is (0|a dict): should be a whole number from 1 on"):
+            curvature.spectrum(loss, params, *data, seed=0, **wrong)
+
+
+def test_nothing_to_differentiate_in_is_refused():
+    nothing = lambda params: torch.ones(())  # noqa: E731
+    for run in (
+        lambda: curvature.hvp(nothing, {}, {}),
+        lambda: curvature.eigenpairs(nothing, {}, seed=0),
+        lambda: curvature.hvp(nothing, {}, {}, patterns=["*"]),
+    ):
+        with pytest.raises(ValueError, match="params has no leaves"):
+            run()
+
+
+@pytest.mark.parametrize("estimate", [curvature.eigenpairs, curvature.spectrum])
+def test_a_matrix_that_is_not_finite_has_no_spectrum(estimate):
+    for weight in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="product 0 with the matrix has the norm .*: the loss's derivatives"):
+            estimate(lambda w, factor: factor * w.square().sum(), torch.ones(3), weight, seed=0)

@@ -1,5 +1,8 @@
 """The moving average against its closed form."""
 
+import math
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +26,41 @@ def test_average_is_donated_and_keeps_its_type():
     out = ema.update(average, params, 0.25)
     assert out["w"] is kept and kept.dtype == torch.float32
     torch.testing.assert_close(kept, torch.full((3,), 0.75))
+
+
+@pytest.mark.parametrize("decay", [2, -1, 1 + 1e-6, math.nan])
+def test_a_decay_out_of_range_is_refused(decay):
+    with pytest.raises(ValueError, match="decay is .*: should be a number in"):
+        ema.update({"w": torch.zeros(3)}, {"w": torch.ones(3)}, decay)
+
+
+def test_a_decay_may_be_a_tensor():
+    average = ema.update({"w": torch.zeros(3)}, {"w": torch.ones(3)}, torch.tensor(0.25))
+    torch.testing.assert_close(average["w"], torch.full((3,), 0.75))
+
+
+@pytest.mark.parametrize(
+    ("params", "says"),
+    [
+        ({"v": torch.ones(2)}, "missing w"),
+        ({"w": torch.ones(1)}, r"w is \[1\] and should be \[2\]"),
+        ({"w": torch.ones(2), "v": torch.ones(2)}, "not expected v"),
+        ({}, "missing w"),
+        ({"w": torch.ones(2), "blocks": []}, "the leaves are the same, but"),
+    ],
+)
+def test_another_tree_than_the_averages_is_refused_before_anything_is_written(params, says):
+    average = {"w": torch.zeros(2)}
+    with pytest.raises(ValueError, match=f"params is not like the average: .*{says}"):
+        ema.update(average, params, 0.5)
+    assert not average["w"].any()
+
+
+def test_order_of_keys_does_not_matter():
+    average = ema.update(
+        {"a": torch.zeros(2), "b": torch.zeros(2)}, {"b": torch.full((2,), 4.0), "a": torch.full((2,), 2.0)}, 0.5
+    )
+    assert average["a"].tolist() == [1, 1] and average["b"].tolist() == [2, 2]
 
 
 def test_decay_warms_up_to_its_value():

@@ -1,6 +1,8 @@
 """LoRA: the adapted model is the merged one, its derivatives too, and no merged weight is ever held."""
 
 import dataclasses
+import functools
+import inspect
 import math
 
 import numpy as np
@@ -434,6 +436,13 @@ def test_a_pattern_that_fits_nothing():
         ValueError, match=r"'double_blocks\.\*\.attn\.qkv' fits no path.*double_blocks\.0\.\w+_attn\.qkv"
     ):
         lora.init(base(), ["double_blocks.*.attn.qkv"], 2, 2)
+    with pytest.raises(
+        ValueError,
+        match=r"'\*\.qkv\.weight' .* are double_blocks\.0\.img_attn\.qkv, .*\(linears are named without \.weight\)",
+    ):
+        lora.init(base(), ["*.qkv.weight"], 2, 2)
+    with pytest.raises(ValueError, match="patterns is empty"):
+        lora.init(base(), [], 2, 2)
     # A norm is no linear.
     with pytest.raises(ValueError, match="fits no path"):
         lora.init(base(), ["*.query_norm"], 2, 2)
@@ -445,6 +454,64 @@ def test_a_pattern_that_fits_nothing():
 def test_numbers_that_cannot_be(rank, alpha, says):
     with pytest.raises(ValueError, match=says):
         lora.init(base(), EVERY, rank, alpha)
+
+
+def test_an_alpha_of_zero_is_the_rank_as_in_the_configuration():
+    params = ff.abstract(CFG)
+    for device in ("cpu", "meta"):
+        for alpha in ({}, {"alpha": 0}, {"alpha": 3}):
+            adapter = lora.init(params, BLOCKS, 3, device=device, **alpha)
+            assert {update.scale for update in lora.updates(adapter).values()} == {1.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_factors_are_of_a_floating_type(dtype):
+    with pytest.raises(ValueError, match=f"dtype is {dtype}: should be a floating type"):
+        lora.init(base(), EVERY, 2, 2, dtype=dtype)
+
+
+def test_forms_in_which_loras_are_given():
+    params = base()
+    one, other = trained(params, BLOCKS, seed=1), trained(params, ("*img*",), seed=2)
+    half = by_hand(params, [(one, 0.5)])
+    for form in ((one, 0.5), [one, 0.5], [(one, 0.5)], (one, torch.tensor(0.5, dtype=F64)), ([one, 0.5],)):
+        assert_same(lora.merge(params, form), half)
+    for form in ([one], (one,), one, [(one, 1)]):
+        assert_same(lora.merge(params, form), by_hand(params, [(one, 1.0)]))
+    for form in ([one, other], (one, other), [one, (other, 1.0)]):
+        assert_same(lora.merge(params, form), by_hand(params, [(one, 1.0), (other, 1.0)]))
+    assert_same(lora.unmerge(half, (one, 0.5)), params, 1e-10)
+    assert lora.merge(params, []).keys() == params.keys()
+
+
+def test_what_is_no_lora_is_refused():
+    params = base()
+    adapter = trained(params, BLOCKS)
+    for use in (lora.merge, lora.unmerge, lora.combine):
+        for one, other in ((adapter, params), (params, params)):
+            with pytest.raises(ValueError, match="a Tensor at '.*', where a LowRank should be: is it the base"):
+                use(one, other)
+        with pytest.raises(ValueError, match="the LoRA is of paths, such as '.*': lora.place makes a tree"):
+            use(params, lora.updates(adapter))
+        with pytest.raises(ValueError, match=r"weight of a LoRA is a tensor \[2\]: should be a number or a scalar"):
+            use(params, (adapter, torch.ones(2)))
+
+
+def test_gradients_of_base_and_lora_in_one_tree_are_refused():
+    params, data = base(), batch()
+    adapter = trained(params, BLOCKS)
+    for fn in (ff.grad_and_value, torch.func.grad(ff.loss)):
+        with pytest.raises(ValueError, match=r"gradients of the base and the LoRA in one tree: .*ops=lora.over"):
+            lora.apply(fn)(params, adapter, CFG, data)
+    with pytest.raises(ValueError, match="grad_and_value returned gradients"):
+        lora.apply(functools.partial(ff.grad_and_value, remat="full"))(params, adapter, CFG, data)
+
+
+def test_an_adapted_function_has_its_own_signature_and_the_name_of_the_function():
+    assert list(inspect.signature(adapted_loss).parameters) == ["base", "loras", "args", "ops", "kwargs"]
+    assert adapted_loss.__name__ == "loss"
+    with pytest.raises(ValueError, match="loss of a LoRA takes its ops by name: ops=..."):
+        adapted_loss(base(), trained(base()), CFG, batch(), Ops())
 
 
 def test_a_lora_of_another_base():

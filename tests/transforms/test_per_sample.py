@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import itertools
 
 import numpy as np
@@ -16,7 +17,7 @@ import flux_func as ff
 from flux_func import tree
 from flux_func.models import flux
 from flux_func.models.layers import Ops
-from flux_func.transforms import per_sample, remat
+from flux_func.transforms import lora, per_sample, remat, weights
 
 CFG = flux.FluxConfig(
     hidden_size=32, num_heads=2, depth=1, depth_single_blocks=1, axes_dim=(4, 6, 6), vec_in_dim=8, context_in_dim=16
@@ -56,7 +57,7 @@ def assert_same(ours, theirs, rtol=1e-10):
         assert (a - b).norm() <= rtol * b.norm() + 1e-14, name
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 5, 8])
+@pytest.mark.parametrize("chunk", [1, 2, 5, 8, None])
 def test_losses_gradients_and_norms_are_those_of_a_loop(chunk):
     params, batch = problem()
     grads, norms, losses = loop()
@@ -107,12 +108,85 @@ def test_a_linear_that_is_not_computed_once_by_ops_is_refused():
     def twice(params, sample, ops=Ops()):
         return ops.linear(params["a"], ops.linear(params["a"], sample["x"], "a"), "a").sum()
 
-    def apart(params, sample, ops=Ops()):
-        return F.linear(sample["x"], params["a"]["weight"]).sum()
+    def never(params, sample, ops=Ops()):
+        return sample["x"].sum()
 
-    for loss, count in ((twice, 2), (apart, 0)):
+    for loss, count in ((twice, 2), (never, 0)):
         with pytest.raises(ValueError, match=f"a was computed {count} times by ops.linear"):
             per_sample.ghost_norms(loss, params, batch, 1)
+
+
+OUTSIDE = {
+    "product": lambda params, sample: F.linear(sample["x"], params["b"]["weight"]).sum(),
+    "penalty": lambda params, sample: 10 * sum(leaf.square().sum() for leaf in tree.leaves(params["b"])),
+    "bias": lambda params, sample: params["b"]["bias"].square().sum(),
+    "input": lambda params, sample: (sample["x"] * params["b"]["weight"][0]).exp().sum(),
+}
+
+
+def twice_ruled(outside, params, sample, ops=Ops()):
+    """A loss in which both linears are computed by ops.linear, once, and one is used outside of it."""
+    hidden = ops.linear(params["b"], ops.linear(params["a"], sample["x"], "a").sin() * params["scale"], "b")
+    return hidden.square().sum() + outside(params, sample)
+
+
+@pytest.mark.parametrize("outside", OUTSIDE)
+@pytest.mark.parametrize("again", [False, True])
+def test_a_weight_used_outside_of_ops_linear_is_refused(outside, again):
+    rng = np.random.default_rng(0)
+    params = {"a": {"weight": draw(rng, 3, 3)}, "b": {"weight": draw(rng, 2, 3), "bias": draw(rng, 2)}}
+    params, batch = {**params, "scale": draw(rng, 3)}, {"x": draw(rng, 2, 3)}
+
+    def loss(outside, params, sample, ops=Ops()):
+        run = functools.partial(twice_ruled, outside, ops=ops)
+        return remat.remat(run)(params, sample) if again else run(params, sample)
+
+    name = "bias" if outside == "bias" else "(weight|bias)"
+    with torch.no_grad(), pytest.raises(ValueError, match=rf"the loss depends on b\.{name} outside ops.linear"):
+        per_sample.ghost_norms(functools.partial(loss, OUTSIDE[outside]), params, batch, 2)
+    # What is no linear's may be used as one likes.
+    fine = functools.partial(loss, lambda params, sample: (params["scale"] * sample["x"]).square().sum())
+    torch.testing.assert_close(per_sample.ghost_norms(fine, params, batch, 2), per_sample.norms(fine, params, batch, 2))
+
+
+def test_ghost_norms_in_a_lora_are_the_norms():
+    params, batch = problem()
+    adapter = lora.init(params, ["double_blocks.*", "img_in"], rank=2)
+    adapter = tree.map(lambda leaf: leaf + 0.1, adapter)
+
+    def loss(adapter, sample, ops=Ops()):
+        return per_sample.one(lora.apply(ff.loss), adapter, CFG)(params, sample, ops=ops)
+
+    found = per_sample.ghost_norms(loss, adapter, batch, 2)
+    grads = [torch.func.grad(loss)(adapter, tree.map(lambda x, i=i: x[i], batch)) for i in range(SIZE)]
+    expected = torch.stack([torch.cat([leaf.flatten() for leaf in tree.leaves(g)]).norm() for g in grads])
+    torch.testing.assert_close(found[0], expected)
+
+
+def test_ghost_norms_of_a_tree_with_holes_are_refused_where_norms_are_not():
+    params, batch = problem()
+    trained, frozen = weights.partition(params, ["img_in.*"])
+
+    def loss(trained, sample, ops=Ops()):
+        return LOSS(weights.combine(trained, frozen), sample, ops=ops)
+
+    with pytest.raises(ValueError, match="params has holes, as weights.partition leaves them: norms should be used"):
+        per_sample.ghost_norms(loss, trained, batch, 2)
+    norms, _ = per_sample.norms(loss, trained, batch, 2)
+    expected = [torch.cat([leaf.flatten() for leaf in tree.leaves(g["img_in"])]).norm() for g in loop()[0]]
+    torch.testing.assert_close(norms, torch.stack(expected))
+
+
+def test_ghost_norms_of_tuples_are_the_norms():
+    params, batch = {"layers": ({"weight": torch.eye(3)}, {"weight": 2 * torch.eye(3)})}, {"x": torch.ones(2, 3)}
+
+    def loss(params, sample, ops=Ops()):
+        assert isinstance(params["layers"], tuple)
+        return functools.reduce(lambda x, layer: ops.linear(layer, x, "layer"), params["layers"], sample["x"]).sum()
+
+    # The gradients are 2 and 1 in all nine places.
+    norms, _ = per_sample.ghost_norms(loss, params, batch)
+    torch.testing.assert_close(norms, torch.full((2,), (9 * 5) ** 0.5))
 
 
 def test_norms_of_half_precision_are_added_up_in_float32():
@@ -136,6 +210,9 @@ def test_misuse_is_named():
             fn(LOSS, params, batch, 0)
         with pytest.raises(ValueError, match=r"first dimensions .*'txt': 3"):
             fn(LOSS, params, {**batch, "txt": batch["txt"][:3]}, 2)
+        if fn is not per_sample.losses:
+            with pytest.raises(ValueError, match="params has no leaves"):
+                fn(lambda params, sample, **ops: sample["y"].sum(), {}, batch, 2)
     with pytest.raises(ValueError, match="number returned a float"):
         per_sample.losses(number, params, batch, 1)
     with pytest.raises(ValueError, match="clip_norm is 0"):
@@ -146,6 +223,11 @@ def test_misuse_is_named():
 
 def number(params, sample):
     return 1.0
+
+
+def test_a_loss_of_one_has_its_own_signature_and_the_name_of_the_loss():
+    assert list(inspect.signature(LOSS).parameters) == ["params", "sample", "kwargs"]
+    assert LOSS.__name__ == "loss" and per_sample.one(functools.partial(ff.loss, ops=Ops()), CFG).__name__ == "loss"
 
 
 # The gradient noise scale.
@@ -204,13 +286,15 @@ def test_statistics_by_timestep_refuse_other_times_and_lengths():
         per_sample.by_timestep(torch.tensor([0.5, 500.0]), {})
     with pytest.raises(ValueError, match=r"grad_norm is \[3\]: should be \[2\]"):
         per_sample.by_timestep(torch.tensor([0.5, 0.6]), {"grad_norm": torch.ones(3)})
+    with pytest.raises(ValueError, match="bins is 0: should be a whole number from 1 on"):
+        per_sample.by_timestep(torch.tensor([0.5, 0.6]), {}, bins=0)
 
 
 # Differential privacy.
 
 
 @pytest.mark.parametrize("by_ghosts", [False, True])
-@pytest.mark.parametrize("chunk", [2, 5])
+@pytest.mark.parametrize("chunk", [2, 5, None])
 def test_clipped_sum_is_that_of_a_loop(by_ghosts, chunk):
     params, batch = problem()
     grads, norms, _ = loop()
@@ -220,6 +304,15 @@ def test_clipped_sum_is_that_of_a_loop(by_ghosts, chunk):
     torch.testing.assert_close(found, norms)
     scale = [min(1.0, clip_norm / norm.item()) for norm in norms]
     assert_same(total, tree.map(lambda *leaves: sum(s * leaf for s, leaf in zip(scale, leaves, strict=True)), *grads))
+
+
+@pytest.mark.parametrize("size", [(), (1,), (2,), (SIZE + 1,), (SIZE, 1)])
+@pytest.mark.parametrize("chunk", [2, SIZE])
+def test_norms_that_are_not_one_a_sample_are_refused(size, chunk):
+    params, batch = problem()
+    with pytest.raises(ValueError) as error:
+        per_sample.clipped_sum(LOSS, params, batch, 1.0, chunk, torch.ones(size))
+    assert str(error.value) == f"norms is {list(size)}: should be [{SIZE}], one for each sample of the batch"
 
 
 def private(**changes):

@@ -13,7 +13,7 @@ from flux_func import tree
 from flux_func.flow import path
 from flux_func.models import flux
 from flux_func.train import optimizer
-from flux_func.transforms import ema, weights
+from flux_func.transforms import ema, lora, weights
 from tests.helpers import tiny_model
 from tests.helpers.tiny_model import DEEPER
 
@@ -142,6 +142,37 @@ def test_weights_that_do_not_fit_are_refused():
         weights.add_tasks(draw(0), [draw(1)], [1.0, 1.0])
 
 
+@pytest.mark.parametrize("merge", [weights.lerp, weights.slerp])
+def test_one_weight_is_no_more_than_a_number(merge):
+    with pytest.raises(ValueError, match=r"weight is a tensor \[2\]: should be a number or a scalar tensor"):
+        merge(draw(0), draw(1), torch.ones(2))
+
+
+def test_weights_of_other_shapes_are_refused():
+    trees = [{"w": torch.ones(2, 2)}, {"w": torch.zeros(2, 2)}]
+    for merge in (weights.soup, lambda trees, shares: weights.add_tasks(trees[0], trees, shares)):
+        with pytest.raises(ValueError, match=r"weights is \[2, 2\], it should be \[2\]: one for each tree"):
+            merge(trees, torch.ones(2, 2))
+        with pytest.raises(ValueError, match=r"weight 1 is a tensor \[2\]: should be a number or a scalar"):
+            merge(trees, [1.0, torch.ones(2)])
+
+
+def test_one_tree_in_the_place_of_a_list_is_refused():
+    one = draw(0)
+    for merge in (weights.soup, weights.stack, lambda vector: weights.add_tasks(one, vector)):
+        with pytest.raises(ValueError, match="the trees are a dict, they should be in a list"):
+            merge(one)
+
+
+def test_trees_of_the_same_leaves_built_in_another_way_are_refused():
+    nested, flat = {"a": {"b": torch.ones(2)}}, {"a.b": torch.ones(2)}
+    with pytest.raises(ValueError, match=r"tree 1 is not like tree 0: .* the top is \{'a.b': \*\} and should be"):
+        weights.soup([nested, flat])
+    adapters = [lora.init({"layer": {"weight": torch.ones(3, 2)}}, ["*"], rank=1, alpha=alpha) for alpha in (2, 3)]
+    with pytest.raises(ValueError, match=r"layer is \S*LowRank\[3.0\], .* and should be \S*LowRank\[2.0\]"):
+        weights.soup(adapters)
+
+
 # Ensembles.
 
 
@@ -224,6 +255,14 @@ def test_parts_that_are_none_are_refused():
         weights.combine(trained, trained)
     with pytest.raises(ValueError, match="pattern 'scales' fits no path of the tree; the nearest are scale"):
         weights.partition(params, ["scales"])
+    with pytest.raises(ValueError, match="patterns is empty"):
+        weights.partition(params, [])
+    _, other = weights.partition({**params, "layers": params["layers"][:1]}, ["scale"])
+    with pytest.raises(ValueError) as error:
+        weights.combine(trained, other)
+    assert str(error.value).startswith("combine: frozen is not like trained: 1 tensor: missing layers.1.w")
+    with pytest.raises(ValueError, match="frozen is not like trained: the leaves are the same, but the top is"):
+        weights.combine(trained, {**frozen, "more": []})
 
 
 # Summaries.
