@@ -146,9 +146,7 @@ def trained(config: ml_collections.ConfigDict, cfg: flux.FluxConfig) -> Params:
 def _lora(config: ml_collections.ConfigDict, cfg: flux.FluxConfig, device: str) -> lora.Lora:
     c, dtype = config.lora, DTYPES[config.numerics.param]
     try:
-        return lora.init(
-            flux.abstract(cfg), c.patterns, c.rank, c.alpha, config.train.seed, dtype=dtype, device=device
-        )
+        return lora.init(flux.abstract(cfg), c.patterns, c.rank, c.alpha, config.train.seed, dtype=dtype, device=device)
     except ValueError as error:
         raise UserError(f"lora.patterns is {tuple(c.patterns)}: {error}") from error
 
