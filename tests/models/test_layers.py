@@ -57,9 +57,9 @@ def test_gelu_is_the_same_compiled_with_its_derivative(dtype):
         given = x.clone().requires_grad_()
         out = fn(given)
         assert out.dtype == dtype
-        torch.testing.assert_close(out.double(), expected.detach(), rtol=4 * rounding, atol=4 * rounding)
+        torch.testing.assert_close(out.double(), expected.detach(), rtol=4 * rounding, atol=32 * rounding)
         (found,) = torch.autograd.grad(out.sum(), given)
-        torch.testing.assert_close(found.double(), slope, rtol=8 * rounding, atol=8 * rounding)
+        torch.testing.assert_close(found.double(), slope, rtol=8 * rounding, atol=32 * rounding)
     torch.compiler.reset()
 
 
