@@ -59,7 +59,8 @@ def test_gelu_is_the_same_compiled_with_its_derivative(dtype):
         assert out.dtype == dtype
         torch.testing.assert_close(out.double(), expected.detach(), rtol=4 * rounding, atol=32 * rounding)
         (found,) = torch.autograd.grad(out.sum(), given)
-        torch.testing.assert_close(found.double(), slope, rtol=8 * rounding, atol=32 * rounding)
+        # One minus a sigmoid near one is known to a rounding, and multiplied by up to 100.
+        torch.testing.assert_close(found.double(), slope, rtol=8 * rounding, atol=128 * rounding)
     torch.compiler.reset()
 
 
