@@ -2,7 +2,7 @@
 
     python docs/gallery/build.py --workdir=/tmp/flux_digits
 
-The digits model is trained into the workdir first where it is not there yet (5 minutes on 2 cores).
+The digits model is trained into the workdir first where it is not there yet (5 to 10 minutes on 2 cores); the pictures take 6.
 """
 
 import importlib

@@ -103,6 +103,8 @@ def log_prob(velocity: Velocity, x: Tensor, schedule: Tensor, *, probes: Tensor 
     """
     if _checked(schedule)[0] != 1:
         raise ValueError(f"schedule starts at {schedule[0].item():g}, it should start at 1, the standard normal's time")
+    if probes is not None and not isinstance(probes, Tensor):
+        raise ValueError(f"probes are {probes!r}: should be a tensor, such as likelihood.signs gives, or None")
     if probes is not None and (probes.shape[1:] != x.shape or not len(probes)):
         raise ValueError(f"probes have shape {tuple(probes.shape)}, they should be {('K', *x.shape)}")
     x = x.to(at_least_float32(x.dtype))
@@ -207,6 +209,8 @@ def _sums(x: Tensor) -> Tensor:
 
 
 def _checked(schedule: Tensor) -> Tensor:
+    if not isinstance(schedule, Tensor):
+        raise ValueError(f"schedule is {schedule!r}: should be a tensor, such as timesteps.schedule gives")
     if schedule.ndim != 1 or len(schedule) < 2 or not (schedule.diff() < 0).all():
         raise ValueError(f"schedule {schedule.tolist()} should be times [steps + 1] that descend, from noise to data")
     return schedule

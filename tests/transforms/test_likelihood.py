@@ -270,6 +270,10 @@ def test_misuse_gives_a_sentence(params):
         likelihood.log_prob(velocity, x, schedule(4)[2:], probes=None)
     with pytest.raises(ValueError, match=r"probes have shape \(4, 3\), they should be \('K', 4, 3\)"):
         likelihood.log_prob(velocity, x, schedule(2), probes=torch.ones(4, 3))
+    with pytest.raises(ValueError, match="^probes are 4: should be a tensor, such as likelihood.signs gives"):
+        likelihood.log_prob(velocity, x, schedule(2), probes=4)
+    with pytest.raises(ValueError, match=r"^schedule is \[1.0, 0.0\]: should be a tensor"):
+        likelihood.encode(velocity, x, [1.0, 0.0])
 
     def halves(x, t):
         return x[:, :1]
