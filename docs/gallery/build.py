@@ -2,7 +2,8 @@
 
     python docs/gallery/build.py --workdir=/tmp/flux_digits
 
-The digits model is trained into the workdir first where it is not there yet (5 to 10 minutes on 2 cores); the pictures take 6.
+The digits model is trained into the workdir first where it is not there yet (5 to 10 minutes on 2 cores); the pictures
+take 6 minutes more.
 """
 
 import importlib
