@@ -280,7 +280,7 @@ def bind(stage: Stage, ops: Ops) -> Callable[[Params, dict, dict], dict]:
 
 
 def check_params(params: Params, cfg: FluxConfig) -> None:
-    """Checks that a tree is of this model: its blocks, its guidance embedding, and its width, as the first linear has.
+    """Checks that a tree has this model's blocks and guidance embedding. Its leaves may be parts, of several processes.
 
     Raises:
       ValueError: it is of another one.
@@ -291,8 +291,6 @@ def check_params(params: Params, cfg: FluxConfig) -> None:
         "depth": len(params.get("double_blocks", ())),
         "depth_single_blocks": len(params.get("single_blocks", ())),
         "guidance_embed": "guidance_in" in params,
-        "hidden_size": params["img_in"]["weight"].shape[0],
-        "in_channels": params["img_in"]["weight"].shape[1],
     }
     for name, value in found.items():
         if value != getattr(cfg, name):

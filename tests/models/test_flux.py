@@ -222,9 +222,7 @@ def test_linears_are_what_ops_are_told():
     assert sorted({*told}) == sorted(flux.linears(cfg))
 
 
-@pytest.mark.parametrize(
-    "changes", [{"depth": 1}, {"depth_single_blocks": 3}, {"guidance_embed": True}, {"hidden_size": 96, "num_heads": 6}]
-)
+@pytest.mark.parametrize("changes", [{"depth": 1}, {"depth_single_blocks": 3}, {"guidance_embed": True}])
 def test_parameters_of_another_model_are_refused(changes):
     other = dataclasses.replace(TINY, **changes)
     name = next(iter(changes))
