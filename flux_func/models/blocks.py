@@ -13,6 +13,7 @@ const holds what is not: `rope`, the rotary table of text and image, and `text_l
 import functools
 
 import torch
+import torch.nn.functional as F
 
 from flux_func.models import layers
 from flux_func.models.layers import Ops, Params
@@ -79,7 +80,7 @@ def single_block(params: Params, carry: dict, const: dict, ops: Ops, heads: int,
     q, k, v = layers.split_heads(qkv, heads)
     q, k = layers.qk_norm(params["norm"], q, k, eps)
     mixed = ops.attention(layers.apply_rope(q, const["rope"]), layers.apply_rope(k, const["rope"]), v)
-    both = torch.cat([mixed, layers.gelu(hidden)], dim=-1)
+    both = torch.cat([mixed, F.gelu(hidden, approximate="tanh")], dim=-1)
     return {"stream": torch.addcmul(x, gate, ops.linear(params["linear2"], both, "single_blocks.linear2")), "vec": vec}
 
 

@@ -20,7 +20,6 @@ from flux_func.models.attention import attention
 
 Params = dict[str, Any]
 Rope = tuple[Tensor, Tensor]
-_GELU = 2 * math.sqrt(2 / math.pi)
 
 
 def check_numbers(cfg: Any) -> None:
@@ -160,16 +159,7 @@ def qk_norm(params: Params, q: Tensor, k: Tensor, eps: float) -> tuple[Tensor, T
     return rms_norm(params["query_norm"], q, eps), rms_norm(params["key_norm"], k, eps)
 
 
-def gelu(x: Tensor) -> Tensor:
-    """Returns the tanh form of GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415), in the type of x."""
-    if not torch.compiler.is_compiling():
-        return F.gelu(x, approximate="tanh")
-    # (1 + tanh(u)) / 2 is sigmoid(2 u), which takes a compiled loop half the time.
-    wide = x.to(at_least_float32(x.dtype))
-    return (wide * torch.sigmoid(_GELU * (wide + 0.044715 * wide**3))).to(x.dtype)
-
-
 def mlp(params: Params, x: Tensor, ops: Ops, path: str) -> Tensor:
     """Returns linear(gelu(linear(x))), the tanh form of GELU; [B, L, C] to [B, L, C]."""
-    hidden = gelu(ops.linear(params["0"], x, f"{path}.0"))
+    hidden = F.gelu(ops.linear(params["0"], x, f"{path}.0"), approximate="tanh")
     return ops.linear(params["2"], hidden, f"{path}.2")

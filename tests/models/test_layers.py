@@ -45,25 +45,6 @@ def test_layer_norm_of_narrow_types_is_right_plain_and_transformed():
         assert (found - expected).norm() <= 2e-2 * expected.norm()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_gelu_is_the_same_compiled_with_its_derivative(dtype):
-    x = torch.linspace(-12, 12, 97, dtype=torch.float64).to(dtype)
-    compiled = torch.compile(layers.gelu, backend="aot_eager", fullgraph=True)
-    rounding = torch.finfo(dtype).eps
-    wide = x.double().requires_grad_()
-    expected = 0.5 * wide * (1 + torch.tanh((2 / math.pi) ** 0.5 * (wide + 0.044715 * wide**3)))
-    (slope,) = torch.autograd.grad(expected.sum(), wide)
-    for fn in (layers.gelu, compiled):
-        given = x.clone().requires_grad_()
-        out = fn(given)
-        assert out.dtype == dtype
-        torch.testing.assert_close(out.double(), expected.detach(), rtol=4 * rounding, atol=32 * rounding)
-        (found,) = torch.autograd.grad(out.sum(), given)
-        # One minus a sigmoid near one is known to a rounding, and multiplied by up to 100.
-        torch.testing.assert_close(found.double(), slope, rtol=8 * rounding, atol=128 * rounding)
-    torch.compiler.reset()
-
-
 def test_rms_norm_is_the_formula_and_is_at_least_float32_inside():
     x, scale = draw(2, 3, 8), draw(8, seed=1)
     expected = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * scale
