@@ -198,13 +198,16 @@ def test_classifier_free_guidance(cfg, tmp_path):
     assert names[-5:] == ["times told to the model", "noise in patches", *(f"after step {i}" for i in (1, 2, 3))]
 
 
-@pytest.mark.parametrize("scale", [None, 4.999])
-def test_classifier_free_guidance_by_another_scale_is_found(scale, tmp_path):
+OTHER_GUIDANCE = {"none": {"cfg_scale": None, "uncond_txt": None, "uncond_y": None}, "4.999": {"cfg_scale": 4.999}}
+
+
+@pytest.mark.parametrize("other", OTHER_GUIDANCE.values(), ids=OTHER_GUIDANCE)
+def test_classifier_free_guidance_by_another_scale_is_found(other, tmp_path):
     posed = tiny_parity.pose("diffusers", SMALL, parts=PARTS[:2], steps=3, cfg_scale=5.0)
     tiny_parity.ask(posed, tmp_path)
     sample = compare.sampler.sample
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare.sampler, "sample", lambda *args, **rest: sample(*args, **{**rest, "cfg_scale": scale}))
+        patch.setattr(compare.sampler, "sample", lambda *args, **rest: sample(*args, **{**rest, **other}))
         comparison = compare.compare(posed, posed.params, tmp_path)
     assert [row.name for row in failed(comparison)] == ["after step 1", "after step 2", "after step 3"]
 
