@@ -30,8 +30,15 @@ def orbax() -> Any:
 
     logging.getLogger("jax._src.distributed").setLevel(logging.WARNING)
     logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+    logging.getLogger("asyncio").addFilter(_is_told)
     sys.unraisablehook = functools.partial(_quiet, sys.unraisablehook)
     return orbax.checkpoint
+
+
+def _is_told(record: logging.LogRecord) -> bool:
+    # Of several writes that fail Orbax raises one's error; asyncio would report the others', with their traces.
+    said = record.getMessage()
+    return not (said.startswith("Task exception was never retrieved") and f"{os.sep}orbax{os.sep}" in said)
 
 
 def _quiet(previous: Callable, unraisable: Any) -> None:

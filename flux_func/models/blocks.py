@@ -5,6 +5,7 @@ After black-forest-labs/flux, `modules/layers.py`. The carry is what is differen
   into the stem   img [B, N, in_channels], txt [B, L, context_in_dim], y [B, vec_in_dim], timesteps [B], guidance [B]
   double blocks   img [B, N, C], txt [B, L, C], vec [B, C] (float32 at least)
   single blocks   stream [B, L + N, C] (text first), vec [B, C]
+  into the head   img [B, N, C], vec [B, C]
   out of the head img [B, N, out_channels]
 
 const holds what is not: `rope`, the rotary table of text and image, and `text_length`, L.
@@ -14,6 +15,7 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from flux_func.models import layers
 from flux_func.models.layers import Ops, Params
@@ -72,6 +74,21 @@ def join(params: Params, carry: dict, const: dict, ops: Ops) -> dict:
 
 def single_block(params: Params, carry: dict, const: dict, ops: Ops, heads: int, eps: float) -> dict:
     """Attention and MLP side by side on the one stream (Dehghani et al. 2023, arXiv:2302.05442)."""
+    mixed, hidden, gate = _side_by_side(params, carry, const, ops, heads, eps)
+    return {"stream": _added(params, carry["stream"], mixed, hidden, gate, ops), "vec": carry["vec"]}
+
+
+def last_block(params: Params, carry: dict, const: dict, ops: Ops, heads: int, eps: float) -> dict:
+    """The last single block: of the text, which nobody reads after it, the second linear is not computed."""
+    mixed, hidden, gate = _side_by_side(params, carry, const, ops, heads, eps)
+    x, mixed, hidden = (part[:, const["text_length"] :] for part in (carry["stream"], mixed, hidden))
+    return {"img": _added(params, x, mixed, hidden, gate, ops), "vec": carry["vec"]}
+
+
+def _side_by_side(
+    params: Params, carry: dict, const: dict, ops: Ops, heads: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns what attention gives [B, L + N, C], the MLP's hidden layer [B, L + N, mlp_size], and the gate [B, 1, C]."""
     x, vec = carry["stream"], carry["vec"]
     shift, scale, gate = layers.modulation(params["modulation"]["lin"], vec, 3, ops, "single_blocks.modulation.lin")
     wide = ops.linear(params["linear1"], layers.modulate(x, shift, scale), "single_blocks.linear1")
@@ -79,14 +96,18 @@ def single_block(params: Params, carry: dict, const: dict, ops: Ops, heads: int,
     qkv, hidden = wide.split([3 * x.shape[-1], wide.shape[-1] - 3 * x.shape[-1]], dim=-1)
     q, k, v = layers.split_heads(qkv, heads)
     q, k = layers.qk_norm(params["norm"], q, k, eps)
-    mixed = ops.attention(layers.apply_rope(q, const["rope"]), layers.apply_rope(k, const["rope"]), v)
+    return ops.attention(layers.apply_rope(q, const["rope"]), layers.apply_rope(k, const["rope"]), v), hidden, gate
+
+
+def _added(params: Params, x: Tensor, mixed: Tensor, hidden: Tensor, gate: Tensor, ops: Ops) -> Tensor:
     both = torch.cat([mixed, F.gelu(hidden, approximate="tanh")], dim=-1)
-    return {"stream": torch.addcmul(x, gate, ops.linear(params["linear2"], both, "single_blocks.linear2")), "vec": vec}
+    return torch.addcmul(x, gate, ops.linear(params["linear2"], both, "single_blocks.linear2"))
 
 
 def head(params: Params, carry: dict, const: dict, ops: Ops) -> dict:
     """The image's tokens, modulated once more, to velocities."""
-    x, final = carry["stream"][:, const["text_length"] :], params["final_layer"]
-    adaln = "final_layer.adaLN_modulation.1"
+    del const
+    final, adaln = params["final_layer"], "final_layer.adaLN_modulation.1"
     shift, scale = layers.modulation(final["adaLN_modulation"]["1"], carry["vec"], 2, ops, adaln)
-    return {"img": ops.linear(final["linear"], layers.modulate(x, shift, scale), "final_layer.linear")}
+    x = layers.modulate(carry["img"], shift, scale)
+    return {"img": ops.linear(final["linear"], x, "final_layer.linear")}

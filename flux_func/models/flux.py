@@ -217,7 +217,7 @@ class Stage:
 
     Attributes:
       name: its place, such as "double_blocks.3"; the stages without a block are "stem", "join" and "head".
-      kind: what it shares code with, such as "double_blocks".
+      kind: what it shares code with, such as "double_block".
       keys: the tree's top-level names that it owns; none for a stage without parameters.
       index: its place in the list, where its key is a list.
       fn: `(params, carry, const, ops) -> carry`.
@@ -252,17 +252,18 @@ class Stage:
 
 def chain(cfg: FluxConfig) -> tuple[Stage, ...]:
     """Returns the model's stages in the order of the forward pass."""
-    heads = cfg.num_heads
     stem_keys = ("img_in", "txt_in", "time_in", "vector_in") + (("guidance_in",) if cfg.guidance_embed else ())
 
-    def block(kind: str, index: int, fn: Callable) -> Stage:
-        return Stage(f"{kind}.{index}", kind, (kind,), index, functools.partial(fn, heads=heads, eps=cfg.qk_norm_eps))
+    def block(key: str, index: int, fn: Callable) -> Stage:
+        run = functools.partial(fn, heads=cfg.num_heads, eps=cfg.qk_norm_eps)
+        return Stage(f"{key}.{index}", fn.__name__, (key,), index, run)
 
+    singles = [blocks.single_block] * (cfg.depth_single_blocks - 1) + [blocks.last_block] * (cfg.depth_single_blocks > 0)
     return (
         Stage("stem", "stem", stem_keys, None, blocks.stem),
         *(block("double_blocks", i, blocks.double_block) for i in range(cfg.depth)),
-        Stage("join", "join", (), None, blocks.join),
-        *(block("single_blocks", i, blocks.single_block) for i in range(cfg.depth_single_blocks)),
+        *([Stage("join", "join", (), None, blocks.join)] if singles else []),
+        *(block("single_blocks", i, fn) for i, fn in enumerate(singles)),
         Stage("head", "head", ("final_layer",), None, blocks.head),
     )
 

@@ -141,7 +141,7 @@ def _stages(problem: Problem, params: Params, arguments: dict, theirs: dict[str,
     const = {"rope": _rope(theirs), "text_length": arguments["txt"].shape[1]}
     rows = []
     for stage, after in zip(chain, (*chain[1:], None), strict=True):
-        expected = {"img": theirs["forward"]} if after is None else _before(theirs, after.name)
+        expected = {"img": theirs["forward"]} if after is None else _before(theirs, after.name, const["text_length"])
         ours = flux.bind(stage, Ops())(stage.select(params), carry, const)
         errors = {name: relative(ours[name], value) for name, value in expected.items()}
         where, bound = worst(errors), BOUNDS["join" if stage.name == "join" else "stage"]
@@ -150,8 +150,10 @@ def _stages(problem: Problem, params: Params, arguments: dict, theirs: dict[str,
     return rows
 
 
-def _before(theirs: dict[str, Tensor], stage: str) -> dict[str, Tensor]:
-    return {name.rpartition("/")[2]: value for name, value in theirs.items() if name.startswith(f"{stage}/")}
+def _before(theirs: dict[str, Tensor], stage: str, text: int) -> dict[str, Tensor]:
+    found = {name.rpartition("/")[2]: value for name, value in theirs.items() if name.startswith(f"{stage}/")}
+    # The reference's last block computes text too, which its head leaves aside.
+    return {"img": found["stream"][:, text:]} if stage == "head" else found
 
 
 def _gradients(

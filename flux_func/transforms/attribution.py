@@ -256,7 +256,7 @@ def attention_maps(
     """
     carry, const = path.inputs(cfg, batch)
     stages = flux.chain(cfg)
-    places = {found.name: place for place, found in enumerate(stages) if found.kind in tree.LISTS}
+    places = {found.name: place for place, found in enumerate(stages) if found.index is not None}
     if stage not in places:
         raise ValueError(f"stage {stage!r} has no attention, it should be one of {', '.join(places)}")
     asked = places[stage]

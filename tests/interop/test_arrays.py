@@ -82,6 +82,14 @@ def test_orbax_is_quiet_and_absl_is_not(capsys):
     assert heard == ["said by /our/own/module.py"]
 
 
+def test_of_writes_that_fail_together_one_is_told_and_other_tasks_are_as_ever(caplog):
+    ocp = arrays.orbax()
+    lost = "Task exception was never retrieved\nfuture: <Task finished coro=<write() done, defined at %s:1>>"
+    for path in (ocp.__file__, "/our/own/module.py"):
+        logging.getLogger("asyncio").error(lost, path)
+    assert [record.args for record in caplog.records] == [("/our/own/module.py",)]
+
+
 @settings(max_examples=80, deadline=None)
 @given(data=st.data(), sizes=st.lists(st.integers(1, 3), min_size=1, max_size=3), ndim=st.integers(0, 3))
 def test_parts_make_up_the_leaf_and_are_where_jax_is_told(data, sizes, ndim):

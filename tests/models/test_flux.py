@@ -59,7 +59,11 @@ def test_the_tree_is_bfls_state_dict(name, count, tensors):
     assert tensors is None or len(ours) == tensors
 
 
-@pytest.mark.parametrize("change", [{}, {"guidance_embed": True}, {"in_channels": 384}, {"qkv_bias": False}])
+CHANGES = [{}, {"guidance_embed": True}, {"in_channels": 384}, {"qkv_bias": False}]
+CHANGES += [{"depth": 0}, {"depth_single_blocks": 0}, {"depth_single_blocks": 1}]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_forward_and_gradients_are_bfls(change):
     cfg = dataclasses.replace(TINY, **change)
     params, inputs = flux.init(cfg, scheme="nonzero"), draw_inputs(cfg, batch=3)
@@ -98,6 +102,19 @@ def test_text_comes_before_image_and_order_matters():
     flux.apply(params, TINY, **changed, ops=Ops(attention=attention))
     moved = (seen[4] - first).abs().amax(dim=(0, 1, 3)) > 1e-4
     assert moved.tolist() == [True] * 5 + [False] * 6
+
+
+def test_what_nobody_reads_of_the_text_is_not_computed():
+    tokens = {}
+
+    def linear(params, x, path):
+        tokens.setdefault(path, []).append(x.shape[1])
+        return layers.linear(params, x, path)
+
+    cfg = dataclasses.replace(TINY, depth_single_blocks=3)
+    flux.apply(flux.init(cfg), cfg, **draw_inputs(cfg, text=5), ops=Ops(linear=linear))
+    assert tokens["single_blocks.linear1"] == [5 + 6] * 3
+    assert tokens["single_blocks.linear2"] == [5 + 6, 5 + 6, 6]
 
 
 def test_guidance_is_each_samples_own_and_not_scaled_twice():

@@ -59,9 +59,10 @@ def test_fold_is_grad_and_value(remat, vjp):
         torch.testing.assert_close(value, loss, rtol=1e-6, atol=0)
 
 
-def test_every_block_has_its_own_gradient():
+@pytest.mark.parametrize(("double", "single"), [(3, 5), (0, 2), (2, 0), (1, 1)])
+def test_every_block_has_its_own_gradient(double, single):
     # More than two of a kind: the fold meets them from the last to the first.
-    cfg = dataclasses.replace(TINY, depth=3, depth_single_blocks=5)
+    cfg = dataclasses.replace(TINY, depth=double, depth_single_blocks=single)
     params, batch = flux.init(cfg, scheme="nonzero"), draw_batch()
     expected, _ = torch.func.grad_and_value(path.loss)(params, cfg, batch)
     grads, _ = fold.grad_and_value(params, cfg, batch)

@@ -24,10 +24,10 @@ def test_units_are_stages_with_those_without_parameters_after_them():
     cfg = flux.flavor("flux-tiny")
     assert [costs.kind(unit, flux.abstract(cfg))[0] for unit in costs.units(cfg).values()] == [
         ("stem",),
-        ("double_blocks",),
-        ("double_blocks", "join"),
-        ("single_blocks",),
-        ("single_blocks",),
+        ("double_block",),
+        ("double_block", "join"),
+        ("single_block",),
+        ("last_block",),
         ("head", "loss"),
     ]
 

@@ -327,7 +327,7 @@ def test_stages_share_their_code():
     # The path has no index, and the factors come with the parameters: one traced stage serves every block.
     params = base()
     adapter = trained(params)
-    stages = [stage for stage in ff.chain(CFG) if stage.kind == "single_blocks"]
+    stages = [stage for stage in ff.chain(CFG) if "single_blocks" in stage.keys]
     parts = [lora.combine(stage.select(params), stage.select(adapter)) for stage in stages]
     specs = [torch.utils._pytree.tree_structure(part) for part in parts]
     assert specs[0] == specs[1] and len(specs) == 2
