@@ -88,7 +88,7 @@ def last_block(params: Params, carry: dict, const: dict, ops: Ops, heads: int, e
 def _side_by_side(
     params: Params, carry: dict, const: dict, ops: Ops, heads: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns what attention gives [B, L + N, C], the MLP's hidden layer [B, L + N, mlp_size], and the gate [B, 1, C]."""
+    """Returns attention's output [B, L + N, C], the MLP's hidden layer [B, L + N, mlp_size] and the gate [B, 1, C]."""
     x, vec = carry["stream"], carry["vec"]
     shift, scale, gate = layers.modulation(params["modulation"]["lin"], vec, 3, ops, "single_blocks.modulation.lin")
     wide = ops.linear(params["linear1"], layers.modulate(x, shift, scale), "single_blocks.linear1")

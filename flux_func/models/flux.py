@@ -258,7 +258,8 @@ def chain(cfg: FluxConfig) -> tuple[Stage, ...]:
         run = functools.partial(fn, heads=cfg.num_heads, eps=cfg.qk_norm_eps)
         return Stage(f"{key}.{index}", fn.__name__, (key,), index, run)
 
-    singles = [blocks.single_block] * (cfg.depth_single_blocks - 1) + [blocks.last_block] * (cfg.depth_single_blocks > 0)
+    singles = [blocks.single_block] * cfg.depth_single_blocks
+    singles[-1:] = [blocks.last_block] * len(singles[-1:])
     return (
         Stage("stem", "stem", stem_keys, None, blocks.stem),
         *(block("double_blocks", i, blocks.double_block) for i in range(cfg.depth)),
