@@ -139,3 +139,16 @@ def test_split_heads_puts_q_k_v_in_order():
     torch.testing.assert_close(q[1, 1, 2], qkv[1, 2, 4:8])
     torch.testing.assert_close(k[0, 0, 1], qkv[0, 1, 8:12])
     torch.testing.assert_close(v[0, 1, 1], qkv[0, 1, 20:24])
+
+
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (3, 6), (2, 3, 6), (0, 6)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_is_the_formula_for_any_rows(shape, bias):
+    x, weight, more = draw(*shape), draw(4, 6, seed=1), draw(4, seed=2)
+    params = {"weight": weight, **({"bias": more} if bias else {})}
+    expected = torch.einsum("...i,oi->...o", x, weight) + (more if bias else 0)
+    found = layers.linear(params, x, "")
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, expected)
+    slopes = torch.func.jacrev(lambda params: layers.linear(params, x, "").sum())(params)
+    torch.testing.assert_close(slopes["weight"], x.reshape(-1, 6).sum(dim=0).expand(4, 6))
