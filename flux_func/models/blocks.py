@@ -50,7 +50,7 @@ def double_block(params: Params, carry: dict, const: dict, ops: Ops, heads: int,
         shift, scale = mods[name][:2]
         attn = params[f"{name}_attn"]
         x = ops.linear(attn["qkv"], layers.modulate(carry[name], shift, scale), f"{path}_attn.qkv")
-        q, k, v = layers.split_heads(x, heads)
+        q, k, v = (layers.split_heads(part, heads) for part in x.chunk(3, dim=-1))
         qkv.append((*layers.qk_norm(attn["norm"], q, k, eps), v))
     q, k, v = (torch.cat(parts, dim=2) for parts in zip(*qkv, strict=True))
     mixed = ops.attention(layers.apply_rope(q, const["rope"]), layers.apply_rope(k, const["rope"]), v)
@@ -92,9 +92,10 @@ def _side_by_side(
     x, vec = carry["stream"], carry["vec"]
     shift, scale, gate = layers.modulation(params["modulation"]["lin"], vec, 3, ops, "single_blocks.modulation.lin")
     wide = ops.linear(params["linear1"], layers.modulate(x, shift, scale), "single_blocks.linear1")
-    # Not tensor_split, whose backward fills twice the whole with zeros.
-    qkv, hidden = wide.split([3 * x.shape[-1], wide.shape[-1] - 3 * x.shape[-1]], dim=-1)
-    q, k, v = layers.split_heads(qkv, heads)
+    # All at once, and not by tensor_split: backward that is one copy.
+    size = x.shape[-1]
+    *qkv, hidden = wide.split([size, size, size, wide.shape[-1] - 3 * size], dim=-1)
+    q, k, v = (layers.split_heads(part, heads) for part in qkv)
     q, k = layers.qk_norm(params["norm"], q, k, eps)
     return ops.attention(layers.apply_rope(q, const["rope"]), layers.apply_rope(k, const["rope"]), v), hidden, gate
 

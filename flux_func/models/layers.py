@@ -131,8 +131,13 @@ def apply_rope(x: Tensor, table: Rope) -> Tensor:
     """Returns x [B, H, L, D] with each pair (x[2i], x[2i+1]) turned by its angle; computed in the table's type."""
     cos, sin = table
     wide = x.to(torch.promote_types(x.dtype, cos.dtype))
-    swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return torch.addcmul(wide * cos, swapped, sin).to(x.dtype)
+    pairs = wide.unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # which has no complex numbers
+        across = pairs.flip(-1)
+    else:  # (a, b) as a + bi, times i, is (-b, a): the same products in half the time
+        across = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * 1j)
+        sin = sin[..., 1::2].repeat_interleave(2, dim=-1)
+    return torch.addcmul(wide * cos, across.flatten(-2), sin).to(x.dtype)
 
 
 def mlp_embedder(params: Params, x: Tensor, ops: Ops, path: str) -> Tensor:
@@ -152,9 +157,9 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, layer_norm(x), 1 + scale)
 
 
-def split_heads(qkv: Tensor, heads: int) -> Tensor:
-    """Returns q, k and v, stacked on a new first axis: [B, L, 3*H*D] to [3, B, H, L, D]."""
-    return rearrange(qkv, "B L (K H D) -> K B H L D", K=3, H=heads)
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """Returns x [B, L, H*D] as [B, H, L, D]."""
+    return rearrange(x, "B L (H D) -> B H L D", H=heads)
 
 
 def qk_norm(params: Params, q: Tensor, k: Tensor, eps: float) -> tuple[Tensor, Tensor]:
