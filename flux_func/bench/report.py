@@ -140,18 +140,17 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure = Figure(figsize=(11, 0.45 * sum(heights)), layout="constrained")
     panels = figure.subplots(len(groups), 2, squeeze=False, height_ratios=heights)
     for group, (times, memory) in zip(groups, panels, strict=True):
-        _bars(times, group, [row.median for row in group], "seconds")
-        for place, row in enumerate(group):
-            times.plot([min(row.seconds), max(row.seconds)], [place, place], "k-", linewidth=1)
+        ends = [(row.median - min(row.seconds), max(row.seconds) - row.median) for row in group]
+        _bars(times, group, [row.median for row in group], "seconds", xerr=list(zip(*ends, strict=True)))
         _bars(memory, group, [row.peak_bytes / GIB for row in group], "peak GiB")
         times.set_title(str(group[0].case), loc="left", fontsize=9)
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
-def _bars(axes: Any, group: Sequence[Row], values: Sequence[float], label: str) -> None:
+def _bars(axes: Any, group: Sequence[Row], values: Sequence[float], label: str, **more: Any) -> None:
     colours = [COLOURS[row.side.peer] for row in group]
-    bars = axes.barh([str(row.side) for row in group], values, color=colours)
-    axes.bar_label(bars, fmt=" %.3g", fontsize=8)
+    bars = axes.barh([str(row.side) for row in group], values, color=colours, error_kw={"elinewidth": 1}, **more)
+    axes.bar_label(bars, fmt=" %.3g", fontsize=8)  # beside the line's end
     axes.set_xlabel(label, fontsize=8)
     axes.tick_params(labelsize=8)
     axes.invert_yaxis()
