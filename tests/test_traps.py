@@ -87,6 +87,7 @@ import re
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from flux_func.data import pipeline, sources
@@ -172,8 +173,8 @@ def test_attention_in_a_step_is_full_over_text_and_image(monkeypatch):
 @pytest.mark.parametrize(("compute", "tolerance"), [("float32", 1e-4), ("bfloat16", 2**-8)])
 def test_a_step_tells_the_model_a_thousand_times_time_and_guidance(compute, tolerance):
     fields = {"model.guidance_embed": True, "train.guidance": 2.0, "train.batch_size": 3, "numerics.compute": compute}
-    batch, seen = take_a_step(fields, torch.addmm)  # of (bias, weight, features)
-    features = [args[2].mT for args, _ in seen if args[1].shape == (128, 256)]
+    batch, seen = take_a_step(fields, F.linear)
+    features = [args[0] for args, _ in seen if args[0].shape[-1] == 256 and args[1].shape == (128, 256)]
     omega = np.exp(-math.log(10_000) * np.arange(128) / 128)
     for found, value in zip(features, (batch["uniform"], np.full(3, 2.0)), strict=True):
         angle = 1000 * value.astype(np.float32).astype(np.float64)[:, None] * omega

@@ -45,11 +45,7 @@ def linear(params: Params, x: Tensor, path: str) -> Tensor:
         `Ops.linear` that choose by pattern; the same for every block of a kind, so that one compiled stage serves all.
     """
     del path
-    weight, bias = params["weight"], params.get("bias")
-    if x.ndim == 2 and x.device.type == "cpu" and bias is not None:
-        # Few rows, as the conditioning's: it takes as long as the weight to be read, less so as the left factor.
-        return torch.addmm(bias[:, None], weight, x.mT).mT.contiguous()
-    return F.linear(x, weight, bias)
+    return F.linear(x, params["weight"], params.get("bias"))
 
 
 def _same(fn: Callable, stage: Any) -> Callable:

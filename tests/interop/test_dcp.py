@@ -165,6 +165,7 @@ mesh = init_device_mesh("cpu", (2,))
 tensor = torch.arange(15.0).view(5, 3)
 placed = {str(place): distribute_tensor(tensor, mesh, [place]) for place in (Shard(0), Shard(1), Replicate())}
 dcp.save({**placed, "plain": tensor}, checkpoint_id=folder)
+dist.barrier()  # or the first to leave may abort the other
 dist.destroy_process_group()
 """
 

@@ -138,16 +138,3 @@ def test_split_heads_keeps_a_head_together():
     assert heads.shape == (2, 2, 3, 4)
     torch.testing.assert_close(heads[1, 1, 2], x[1, 2, 4:8])
     torch.testing.assert_close(heads[0, 0, 1], x[0, 1, :4])
-
-
-@pytest.mark.parametrize("shape", [(6,), (1, 6), (3, 6), (2, 3, 6), (0, 6)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_linear_is_the_formula_for_any_rows(shape, bias):
-    x, weight, more = draw(*shape), draw(4, 6, seed=1), draw(4, seed=2)
-    params = {"weight": weight, **({"bias": more} if bias else {})}
-    expected = torch.einsum("...i,oi->...o", x, weight) + (more if bias else 0)
-    found = layers.linear(params, x, "")
-    assert found.is_contiguous()
-    torch.testing.assert_close(found, expected)
-    slopes = torch.func.jacrev(lambda params: layers.linear(params, x, "").sum())(params)
-    torch.testing.assert_close(slopes["weight"], x.reshape(-1, 6).sum(dim=0).expand(4, 6))
