@@ -71,6 +71,14 @@ def test_every_block_has_its_own_gradient(double, single):
     assert_same(twice, tree.map(lambda leaf: 2 * leaf, expected), 2e-6)
 
 
+def test_no_two_gradients_share_memory():
+    # Of one sample a bias's gradient is its linear's output's; what is added up in place may not be.
+    params = flux.init(TINY, scheme="nonzero")
+    grads, _ = fold.grad_and_value(params, TINY, draw_batch(1))
+    places = [leaf.untyped_storage().data_ptr() for leaf in tree.leaves(grads)]
+    assert len(set(places)) == len(places)
+
+
 @pytest.mark.parametrize("remat", ["full", "selective"])
 def test_remat_gives_the_same_bits(remat):
     params, batch = flux.init(TINY, scheme="nonzero"), draw_batch()
