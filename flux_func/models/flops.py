@@ -3,7 +3,7 @@
 The count that the field publishes: two operations per multiply-add of a matrix product, attention in full (no part of
 it is masked), nothing for norms, activations and rotations, and nothing for recomputation, which is not work asked for.
 The text's second linear in the last block is counted, as others count and compute it; here it is not computed, since
-nobody reads it (`blocks.last_block`): of flux-schnell at 256 pixels 0.4%, of flux-debug 4.8%.
+nobody reads it (`blocks.last_block`).
 """
 
 from typing import NamedTuple
