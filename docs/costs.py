@@ -1,6 +1,6 @@
 """What the transforms cost: each against what it is compared with, interleaved, in time and memory.
 
-    python docs/costs.py [--only=attention] [--rounds=5]
+    python docs/costs.py [--only=attention] [--rounds=9]
 
 Prints a table and, where it is whole, draws docs/costs.png. A time is the median over the rounds, each of which runs
 both; memory is the most that was allocated at once, by torch's own record of its allocator. Parameters are not counted
@@ -192,5 +192,5 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_enum("only", "", ["", *PARTS], "A part of the table; empty: all.")
-    flags.DEFINE_integer("rounds", 5, "Runs of each, of which the median counts.", lower_bound=1)
+    flags.DEFINE_integer("rounds", 9, "Runs of each, of which the median counts.", lower_bound=1)
     cli.run(main)

@@ -244,7 +244,7 @@ def goals(found: Mapping[str, Any], peak_tflops: float) -> list[Goal]:
         rates, name = rates_of(found.get(part, {})), f"flux-schnell, {part} pixels"
         if "bfloat16" in rates:
             listed.append(Goal(f"{name}, bfloat16: share of the peak", rates["bfloat16"] / peak_tflops, 0.6))
-        if rates.keys() == NUMERICS.keys():
+        if rates.keys() == NUMERICS.keys() and all(rates.values()):
             listed.append(Goal(f"{name}: Float8's speed over bfloat16's", rates["float8"] / rates["bfloat16"], 1.3))
     if "peer" in found:
         (ours_name, own), (peer, other) = found["peer"].items()
@@ -256,11 +256,11 @@ def goals(found: Mapping[str, Any], peak_tflops: float) -> list[Goal]:
 
 
 def apart(losses: Sequence[float | None], expected: Sequence[float | None]) -> float:
-    """Returns how far running means of `SMOOTHED` steps are apart at most, relatively; infinity where one has no loss.
+    """Returns how far running means of `SMOOTHED` steps are apart at most, relatively; infinity where one is not there.
 
     Single steps are as far apart as a batch's loss is steep: rounding grows with the steps, to either side.
     """
-    if None in (*losses, *expected):
+    if None in (*losses, *expected) or len(losses) != len(expected):
         return math.inf
     pairs = list(zip(losses, expected, strict=True))
     windows = [pairs[at : at + SMOOTHED] for at in range(max(1, len(pairs) - SMOOTHED + 1))]
@@ -331,8 +331,9 @@ def main(argv: list[str]) -> int:
     sizes = TINY if given.tiny else FULL
 
     def keep(found: Mapping[str, Any], failed: Mapping[str, str]) -> str:
-        saved = {"machine": report.machine(), "seconds": time.perf_counter() - start, "found": found, "failed": failed}
-        (out / "h200.json").write_text(json.dumps(saved, indent=1) + "\n")
+        about = {**report.machine(), **serve.about("flux-func", torch.device(device).type)}
+        saved = {"machine": about, "seconds": time.perf_counter() - start, "found": found, "failed": failed}
+        metrics.write_json(out / "h200.json", saved)
         listed = goals(found, given.peak_tflops)
         said = "\n".join([*map(str, listed), *(f"{part}: FAILED: {line}" for part, line in failed.items())])
         (out / "h200.txt").write_text(said + "\n")
@@ -365,9 +366,9 @@ def measure(
                 found[part] = beside(peer, python, sizes.peer, device, rounds, out)
             else:
                 found[part] = curves(sizes.curves, device, out)
+            keep(found, failed)
         except Exception as error:  # whatever it is, the time of the others is worth something
             failed[part] = cause(error, out / part)
-        keep(found, failed)
         said = failed.get(part, "done")
         print(f"[{time.perf_counter() - start:4.0f} s] {part}: {said}", file=sys.stderr, flush=True)
     return found, failed

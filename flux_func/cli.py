@@ -63,6 +63,12 @@ def split_weight(text: str) -> tuple[str, float]:
     return file, number
 
 
+LESS_MEMORY = (
+    "a smaller batch or image needs less, in training also train.accumulate, remat.policy and numerics; plan_main says "
+    "beforehand what fits"
+)
+
+
 def run(main: Callable[[list[str]], int | None], alone: bool = False) -> None:
     """Runs a program: `main(argv)` under absl; UserError and flag errors print one line and exit with 2.
 
@@ -89,6 +95,8 @@ def run(main: Callable[[list[str]], int | None], alone: bool = False) -> None:
     except KeyboardInterrupt:
         _exit(128 + signal.SIGINT)
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which not every program has imported
+            _fail(f"{str(error).partition('. ')[0]}: {LESS_MEMORY}")
         if not _is_one_of_many():
             raise
         failures.fail(error)

@@ -286,6 +286,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
     for field, (switch, values) in READ_WITH.items():
         good = not fields[field] or fields[switch] in values
         check(fields, field, good, f"is read only where {switch} is {' or '.join(map(repr, values))}")
+    optimizes = not fields["compile.mode"] or fields["compile.backend"] == "inductor"
+    check(fields, "compile.mode", optimizes, "is read only where compile.backend is 'inductor'")
     weightless = fields["autoencoder.kind"] == "kl" and not fields["autoencoder.random_init"]
     remedy = "should name an ae.safetensors (or set autoencoder.random_init to try a set-up out)"
     check(fields, "autoencoder.path", fields["autoencoder.path"] or not weightless, remedy)

@@ -60,8 +60,13 @@ def test_curves_are_apart_where_their_running_means_are(h200):
     # From step 20 on 2% more; one that is narrower than the window is seen by its share.
     assert h200.apart(flat[:20] + [1.02] * 20, flat) == pytest.approx(0.02)
     assert h200.apart(flat[:20] + [0.8] + flat[21:], flat) == pytest.approx(0.02)
-    with pytest.raises(ValueError):
-        h200.apart(flat, flat[1:])
+    assert h200.apart(flat, flat[1:]) == math.inf
+
+
+def test_a_type_without_a_loss_is_no_ratio(h200):
+    row = {"seconds": [1.0], "losses": [1.0], "flops": 1e12}
+    listed = h200.goals({"256": {"bfloat16": {**row, "losses": [math.nan]}, "float8": row}}, 989.0)
+    assert [goal.reached for goal in listed] == [False]
 
 
 @pytest.mark.parametrize("part", ["256", "1024"])

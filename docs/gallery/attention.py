@@ -28,7 +28,7 @@ def picture(digits: Digits, lengths: tuple[int, ...] = (256, 512, 1024, 2048, 40
             found = [memory(call)[1].max() for call in calls], [min(repeat(call, number=1, repeat=2)) for call in calls]
             for axis, values in zip(axes, found, strict=True):
                 axis.loglog(lengths, values, mark, color=color, label=f"{kind}, {name}")
-    for axis, title, unit in zip(axes, ("Peak memory", "Time on one CPU core"), ("MiB", "seconds"), strict=True):
+    for axis, title, unit in zip(axes, ("Peak memory", "Time on the CPU"), ("MiB", "seconds"), strict=True):
         axis.set_xscale("log", base=2)
         axis.set(title=title, ylabel=unit, xlabel="tokens", xticks=lengths, xticklabels=lengths)
     axes[0].legend()

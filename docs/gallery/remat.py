@@ -26,7 +26,7 @@ def picture(digits: Digits, samples: int = 4, side: int = 8) -> Figure:
         seconds, mebibytes = min((memory(gradient) for _ in range(3)), key=lambda found: found[0][-1])
         label = f"{name}: {mebibytes.max():,.0f} MiB, {seconds[-1]:.1f} s"
         axes.plot(seconds, mebibytes, drawstyle="steps-post", label=label)
-    axes.set(xlabel="seconds, on one CPU core", ylabel="MiB allocated, parameters not counted", xlim=0, ylim=0)
+    axes.set(xlabel="seconds, on the CPU", ylabel="MiB allocated, parameters not counted", xlim=0, ylim=0)
     axes.set_title(f"One gradient by torch.func.grad, {samples} images of {16 * side**2:,} tokens")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, frameon=False)
     return figure

@@ -63,11 +63,18 @@ class Stream:
         empty = False
         while not empty:
             empty = True
-            for i, row in enumerate(self.table):
+            for i, row in enumerate(self._rows()):
                 if not self.fraction or self._split_of(i) == self.split:
                     empty = False
                     yield row
         raise UserError(f"data.path is {self.path!r}: should have rows for {self.split}; it came to its end without")
+
+    def _rows(self) -> Iterator[dict]:
+        try:
+            yield from self.table
+        except Exception as error:  # of many classes: network, storage, format
+            reason = " ".join(str(error).split())
+            raise UserError(f"data.path is {self.path!r}: its stream broke off ({reason}): start again") from error
 
     def read(self, row: dict) -> tuple[Image.Image, str]:
         """Returns the image and the caption of a row, as `read`."""
@@ -151,14 +158,18 @@ def _load(data: ml_collections.ConfigDict, path: str) -> Any:
             return datasets.load_dataset(path, streaming=data.streaming)
         loaded = datasets.load_from_disk(path)
     except Exception as error:  # of many classes: network, storage, format
-        reason = " ".join(str(error).split())
-        remedy = "should be a folder written by save_to_disk, or a data set's name on the hub"
-        raise UserError(f"data.path is {data.path!r}: cannot be loaded ({reason}): {remedy}") from error
+        raise _unloadable(data.path, error) from error
     if not data.streaming:
         return loaded
     if isinstance(loaded, dict):
         return {name: table.to_iterable_dataset() for name, table in loaded.items()}
     return loaded.to_iterable_dataset()
+
+
+def _unloadable(path: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())
+    remedy = "should be a folder written by save_to_disk, or a data set's name on the hub"
+    return UserError(f"data.path is {path!r}: cannot be loaded ({reason}): {remedy}")
 
 
 def _split(loaded: Any, data: ml_collections.ConfigDict, split: str) -> tuple[Any, bool]:
@@ -175,7 +186,10 @@ def _raw(table: Any, data: ml_collections.ConfigDict) -> Any:
     """Returns the table with its images not decoded, so that a broken one is met where it can be replaced."""
     import datasets
 
-    columns = table.column_names or list(next(iter(table), {}))
+    try:
+        columns = table.column_names or list(next(iter(table), {}))
+    except Exception as error:  # a stream is first opened here
+        raise _unloadable(data.path, error) from error
     for field, column in (("data.image_key", data.image_key), ("data.caption_key", data.caption_key)):
         if column not in columns:
             raise UserError(f"{field} is {column!r}: {one_of(column, columns)}")

@@ -61,7 +61,8 @@ def weighted(
     Raises:
       ValueError: weights of another shape, or shapes that do not fit the model or each other.
     """
-    weights, losses = density(batch["timesteps"]), flow_matching(params, cfg, batch, ops)
+    losses = flow_matching(params, cfg, batch, ops)
+    weights = density(batch["timesteps"])
     if weights.shape != losses.shape:
         raise ValueError(
             f"density returned {list(weights.shape)}, it should be a weight for each: {list(losses.shape)}"
@@ -96,7 +97,7 @@ def guided_velocity(
       ValueError: shapes that do not fit the model or each other.
     """
     v_uncond, v_cond = with_and_without(params, cfg, batch, uncond_txt, uncond_y, ops).chunk(2)
-    return latents(v_uncond + path.column(scale, v_cond) * (v_cond - v_uncond), batch)
+    return latents(v_uncond + path.column(scale, v_cond, "scale") * (v_cond - v_uncond), batch)
 
 
 def guidance_distillation(
@@ -194,6 +195,9 @@ def consistency(
       warmup: share in [0, 1] of t dF/dt; from 0, where it is flow matching, to 1 in the first steps.
       normalizer: the c of df/dt / (|df/dt| + c), |.| the root of the mean square over the sample; None leaves df/dt
         as it is.
+
+    Raises:
+      ValueError: parameters of another model, or shapes that do not fit the model or each other.
     """
     target = consistency_target(params, cfg, batch, ops, velocity=velocity, warmup=warmup, normalizer=normalizer)
     return flow_matching(params, cfg, batch, ops, target=target)
@@ -219,8 +223,12 @@ def discrete_consistency(
       earlier: times s [B] in [0, t], where the Euler step along the velocity from x_t arrives.
       average: of what parameters the earlier f is, such as their moving average; None: these.
       velocity: as for `consistency`.
+
+    Raises:
+      ValueError: parameters of another model, or shapes that do not fit the model or each other.
     """
     carry, const, moving = inputs(cfg, batch, velocity, "velocity")
+    check_times(earlier, batch, "earlier")
     still = constant(params if average is None else average)
     x, t = carry["img"], carry["timesteps"]
     before = {**carry, "img": x + path.column(earlier - t, x) * moving, "timesteps": earlier}
@@ -255,6 +263,7 @@ def with_and_without(
     params: Params, cfg: flux.FluxConfig, batch: Batch, uncond_txt: Tensor, uncond_y: Tensor, ops: Ops
 ) -> Tensor:
     """Returns the velocities without and with the prompt, as patches [2 B, N, C]."""
+    path.check_batch(batch)
     twice = {name: torch.cat([value, value]) for name, value in batch.items() if name not in ("txt", "y")}
     for name, uncond in (("txt", uncond_txt), ("y", uncond_y)):
         size, *rest = batch[name].shape
@@ -263,6 +272,13 @@ def with_and_without(
             raise ValueError(f"uncond_{name} has shape {tuple(uncond.shape)}, it should be {should}")
         twice[name] = torch.cat([uncond.expand(batch[name].shape), batch[name]])
     return run(params, cfg, *path.inputs(cfg, twice), ops)
+
+
+def check_times(times: Tensor, batch: Batch, name: str) -> None:
+    """Raises ValueError where times are not shaped as the batch's timesteps."""
+    if (found := getattr(times, "shape", None)) != batch["timesteps"].shape:
+        shown = f"is a {type(times).__name__}" if found is None else f"has shape {tuple(found)}"
+        raise ValueError(f"{name} {shown}, it should be {tuple(batch['timesteps'].shape)}")
 
 
 def constant(params: Params) -> Params:

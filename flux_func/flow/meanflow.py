@@ -110,11 +110,15 @@ def guided(
       batch: as for `path.loss`, without guidance.
       omega, kappa: a number or [B]. Samples whose prompt was dropped need 1 and 0.
       uncond_txt, uncond_y: as for `losses.guided_velocity`.
+
+    Raises:
+      ValueError: as `loss`.
     """
+    path.check_batch(batch)
     told = _told(cfg, batch, batch["timesteps"])
     uncond, cond = losses.with_and_without(losses.constant(params), cfg, told, uncond_txt, uncond_y, ops).chunk(2)
     true = flux.patchify(path.target(batch["latents"], batch["noise"]))
-    omega, kappa = path.column(omega, true), path.column(kappa, true)
+    omega, kappa = path.column(omega, true, "omega"), path.column(kappa, true, "kappa")
     return losses.latents(omega * true + kappa * cond + (1 - omega - kappa) * uncond, batch).detach()
 
 
@@ -158,10 +162,11 @@ def from_flow_matching(params: Params, cfg: flux.FluxConfig, seed: int = 0) -> t
       seed: of the counted draws.
 
     Raises:
-      ValueError: a model with the embedding, which reads a guidance there.
+      ValueError: a model with the embedding, which reads a guidance there, or parameters of another model.
     """
     if cfg.guidance_embed:
         raise ValueError("guidance_embed is True, it should be False: t - r goes in where this model reads a guidance")
+    flux.check_params(params, cfg)
     cfg = dataclasses.replace(cfg, guidance_embed=True)
     draw, like = flux.drawing(cfg, seed, "pretrain"), params["time_in"]["in_layer"]["weight"]
     declared = tree.flatten({"guidance_in": flux.declare(cfg)["guidance_in"]})
@@ -186,10 +191,12 @@ def times(
       near: how close to 1 the ends' t are.
 
     Raises:
-      ValueError: not 0 <= ends <= moving <= B, or u of another shape.
+      ValueError: not 0 <= ends <= moving <= B, not 0 <= near < 1/2, or u of another shape.
     """
     if u.ndim != 2 or len(u) != 2:
         raise ValueError(f"u has shape {tuple(u.shape)}, it should be (2, B): a draw for t and one for r")
+    if not 0 <= near < 0.5:
+        raise ValueError(f"near is {near!r}, it should be in [0, 0.5), so that the ends' t are above their r of 1/2")
     if not 0 <= ends <= moving <= u.shape[1]:
         raise ValueError(f"ends {ends} and moving {moving} should be in order from 0 to the batch, {u.shape[1]}")
     t = timesteps.logit_normal(u[0], mean, std)
@@ -233,10 +240,10 @@ def slow(params: Params, fastest: float = 10.0) -> Params:
 def _told(cfg: flux.FluxConfig, batch: Batch, r: Tensor) -> dict[str, Tensor]:
     """Returns the batch with t - r where guidance goes in."""
     _check_told(cfg)
+    path.check_batch(batch)
     if "guidance" in batch:
         raise ValueError("MeanFlow's batch has guidance, it should have none: t - r goes in there")
-    if r.shape != batch["timesteps"].shape:
-        raise ValueError(f"r has shape {tuple(r.shape)}, it should be {tuple(batch['timesteps'].shape)}")
+    losses.check_times(r, batch, "r")
     return {**batch, "guidance": batch["timesteps"] - r}
 
 

@@ -4,6 +4,7 @@ x_t = (1 - t) x_0 + t eps, so t = 1 is noise; the model predicts the velocity ep
 arXiv:2209.03003; Esser et al. 2024, arXiv:2403.03206).
 """
 
+import numbers
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -13,15 +14,23 @@ from flux_func.models.layers import Ops, Params, at_least_float32
 
 
 def interpolate(latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """Returns x_t = (1 - t) x_0 + t eps; latents and noise [B, ...], timesteps [B]."""
-    t = column(timesteps, latents)
+    """Returns x_t = (1 - t) x_0 + t eps; latents and noise [B, ...], timesteps [B] (ValueError: of another length)."""
+    t = column(timesteps, latents, "timesteps")
     return (1 - t) * latents + t * noise
 
 
-def column(value: Tensor | float, like: Tensor) -> Tensor | float:
-    """Returns one number a sample [B] as [B, 1, ...], to multiply `like` [B, ...] by; a single number as it is."""
-    if not isinstance(value, Tensor) or not value.ndim:
+def column(value: Tensor | float, like: Tensor, name: str = "value") -> Tensor | float:
+    """Returns one number a sample [B] as [B, 1, ...], to multiply `like` [B, ...] by; a single number as it is.
+
+    Raises:
+      ValueError: it is neither; the message has `name`.
+    """
+    found = tuple(value.shape) if isinstance(value, Tensor) else value
+    if isinstance(found, numbers.Real) or found == ():
         return value
+    if found != (len(like),):
+        shown = f"has shape {found}" if isinstance(value, Tensor) else f"is {value!r}"
+        raise ValueError(f"{name} {shown}, it should be a number or a tensor ({len(like)},), one for each sample")
     return value.reshape(-1, *[1] * (like.ndim - 1))
 
 
@@ -42,10 +51,23 @@ def chain(cfg: flux.FluxConfig) -> tuple[flux.Stage, ...]:
     return (*flux.chain(cfg), flux.Stage("loss", "loss", (), None, squared_error))
 
 
-def inputs(cfg: flux.FluxConfig, batch: Mapping[str, Tensor], denominator: float | None = None) -> tuple[dict, dict]:
-    """Returns the first carry and the const of `chain` for a batch; see `loss`."""
+def check_batch(batch: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where a batch lacks what `loss` reads."""
     if missing := [name for name in ("latents", "noise", "timesteps", "txt", "y") if name not in batch]:
         raise ValueError(f"batch lacks {', '.join(missing)}: it has {', '.join(batch) or 'nothing'}")
+
+
+def check_ends(cfg: flux.FluxConfig) -> None:
+    """Raises ValueError where a model reads other channels than it writes, as FLUX Fill does: a flow has one space."""
+    if cfg.in_channels != cfg.out_channels:
+        found = f"in_channels {cfg.in_channels} and out_channels {cfg.out_channels}"
+        raise ValueError(f"{found} should be equal for a flow")
+
+
+def inputs(cfg: flux.FluxConfig, batch: Mapping[str, Tensor], denominator: float | None = None) -> tuple[dict, dict]:
+    """Returns the first carry and the const of `chain` for a batch; see `loss`."""
+    check_batch(batch)
+    check_ends(cfg)
     latents, noise, txt = batch["latents"], batch["noise"], batch["txt"]
     if latents.ndim != 4 or latents.shape != noise.shape or any(side % 2 for side in latents.shape[2:]):
         raise ValueError(

@@ -1,5 +1,6 @@
 """Sampling: Euler's method from noise (t = 1) to latents (t = 0), with distilled or classifier-free guidance."""
 
+import numbers
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -103,8 +104,9 @@ def velocity(
       params, cfg, txt, y, guidance, cfg_scale, uncond_txt, uncond_y, ops: as for `sample`.
 
     Raises:
-      ValueError: as `sample`, when the velocity is called.
+      ValueError: as `sample`; of what its arguments have to do with x when the velocity is called.
     """
+    path.check_ends(cfg)
     scale = None if not isinstance(cfg_scale, Tensor) and cfg_scale == 1 else cfg_scale
     if cfg_scale is None and not (uncond_txt is None and uncond_y is None):
         raise ValueError("cfg_scale is None: uncond_txt and uncond_y are read only where it is given")
@@ -134,13 +136,15 @@ def velocity(
         if scale is None:
             return v
         v_uncond, v_cond = v.chunk(2)
-        return v_uncond + path.column(scale, v_cond) * (v_cond - v_uncond)
+        return v_uncond + path.column(scale, v_cond, "cfg_scale") * (v_cond - v_uncond)
 
     return dx_dt
 
 
 def check_latents(x: Tensor, name: str) -> None:
-    """Raises ValueError where x is not of shape [B, c, h, w] with even h and w."""
+    """Raises ValueError where x is not of shape [B, c, h, w] with even h and w, or not of floating numbers."""
+    if not x.is_floating_point():
+        raise ValueError(f"{name} is {x.dtype}, it should be of a floating type")
     if x.ndim != 4 or any(side % 2 for side in x.shape[2:]):
         raise ValueError(f"{name} has shape {tuple(x.shape)}, it should be [B, c, h, w] with even h and w")
 
@@ -155,6 +159,8 @@ def _conditioning(
     length = txt.shape[1] if txt.ndim == 3 else "L"
     out = {"txt": (txt, (length, cfg.context_in_dim)), "y": (y, (cfg.vec_in_dim,))}
     if guidance is not None:
+        if not isinstance(guidance, (Tensor, numbers.Real)):
+            raise ValueError(f"guidance is {guidance!r}, it should be a number or a tensor ({batch},)")
         if not isinstance(guidance, Tensor):
             guidance = torch.full((batch,), guidance, dtype=at_least_float32(y.dtype), device=y.device)
         out["guidance"] = (guidance.reshape(1) if guidance.ndim == 0 else guidance, ())

@@ -99,18 +99,21 @@ def stratified(u: Tensor, index: Tensor | int, batch_size: int) -> Tensor:
 
     Args:
       u: uniform draws [B] in [0, 1).
-      index: each sample's place in the global batch, [B] or one integer, in [0, batch_size).
+      index: each sample's place in the global batch, [B] or one integer, in [0, batch_size). A tensor's numbers are
+        not looked at, which could mean to wait for a device.
       batch_size: samples in the global batch.
 
     Raises:
-      ValueError: a batch_size below 1.
+      ValueError: a batch_size below 1, or an index outside of it.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size} should be at least 1")
+    if not isinstance(index, Tensor) and not 0 <= index < batch_size:
+        raise ValueError(f"index {index} should be in [0, {batch_size}), a place in the batch")
     return (index + u) / batch_size
 
 
-def sample(kind: str, u: Tensor, index: Tensor | int = 0, batch_size: int = 1) -> Tensor:
+def sample(kind: str, u: Tensor, index: Tensor | int | None = None, batch_size: int | None = None) -> Tensor:
     """Returns training timesteps [B] of a kind: "uniform", "logit_normal", "mode" or "stratified".
 
     Args:
@@ -119,7 +122,7 @@ def sample(kind: str, u: Tensor, index: Tensor | int = 0, batch_size: int = 1) -
       index, batch_size: of `stratified`; the others do not look at them.
 
     Raises:
-      ValueError: no such kind.
+      ValueError: no such kind, or no place in a batch where that is read.
     """
     if kind == "uniform":
         return uniform(u)
@@ -128,6 +131,8 @@ def sample(kind: str, u: Tensor, index: Tensor | int = 0, batch_size: int = 1) -
     if kind == "mode":
         return mode(u)
     if kind == "stratified":
+        if index is None or batch_size is None:
+            raise ValueError("timesteps 'stratified' need index and batch_size, a sample's place in its batch")
         return stratified(u, index, batch_size)
     raise ValueError(f"timesteps {kind!r} should be 'uniform', 'logit_normal', 'mode' or 'stratified'")
 

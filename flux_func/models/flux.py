@@ -4,6 +4,7 @@ After black-forest-labs/flux, `model.py`: the same names, so that the tree flatt
 A stage is `(params, carry, const) -> carry` (see `blocks.py`); the model is the fold of its stages over the input.
 """
 
+import dataclasses
 import functools
 import math
 import re
@@ -40,10 +41,15 @@ class FluxConfig:
     qk_norm_eps: float = 1e-6
 
     def __post_init__(self):
+        object.__setattr__(self, "axes_dim", tuple(self.axes_dim))
         layers.check_numbers(self)
+        if self.mlp_ratio <= 0:
+            raise ValueError(f"mlp_ratio {self.mlp_ratio} should be above 0")
+        if self.qk_norm_eps < 0:
+            raise ValueError(f"qk_norm_eps {self.qk_norm_eps} should not be negative")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} should be a multiple of num_heads {self.num_heads}")
-        if sum(self.axes_dim) != self.head_dim or any(dim % 2 for dim in self.axes_dim):
+        if sum(self.axes_dim) != self.head_dim or any(dim < 0 or dim % 2 for dim in self.axes_dim):
             raise ValueError(f"axes_dim {self.axes_dim} should be even numbers that add up to {self.head_dim}")
 
     @property
@@ -281,8 +287,12 @@ def bind(stage: Stage, ops: Ops) -> Callable[[Params, dict, dict], dict]:
     return ops.wrap_stage(functools.partial(stage.fn, ops=ops), stage)
 
 
-def check_params(params: Params, cfg: FluxConfig) -> None:
-    """Checks that a tree has this model's blocks and guidance embedding. Its leaves may be parts, of several processes.
+def check_params(params: Params, cfg: FluxConfig, parts: bool = False) -> None:
+    """Checks that a tree is of this model: its blocks, its guidance embedding and the shapes, of one block of a kind.
+
+    Args:
+      params, cfg: the tree and the model. Leaves of other names, such as a LoRA's, are not looked at.
+      parts: whether leaves may be parts, of several processes; then shapes say nothing.
 
     Raises:
       ValueError: it is of another one.
@@ -297,6 +307,20 @@ def check_params(params: Params, cfg: FluxConfig) -> None:
     for name, value in found.items():
         if value != getattr(cfg, name):
             raise ValueError(f"params are of a model whose {name} is {value}, cfg's is {getattr(cfg, name)}")
+    if parts or torch.compiler.is_compiling():
+        return
+    first = {key: value[:1] if key in tree.LISTS else value for key, value in params.items()}
+    shapes, expected = {path: tuple(leaf.shape) for path, leaf in tree.flatten(first).items()}, _shapes(cfg)
+    known = {path: shape for path, shape in expected.items() if path in shapes}
+    if unlike := tree.differences({path: shapes[path] for path in known}, known):
+        raise ValueError(f"params are of another model than cfg: {unlike}")
+
+
+@functools.cache
+def _shapes(cfg: FluxConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of all leaves, but of the first block of a kind alone."""
+    least = {name: min(1, getattr(cfg, name)) for name in ("depth", "depth_single_blocks")}
+    return {path: leaf.shape for path, leaf in tree.flatten(declare(dataclasses.replace(cfg, **least))).items()}
 
 
 def inputs(
@@ -328,12 +352,13 @@ def inputs(
     for name, (value, shape) in expected.items():
         if tuple(value.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(value.shape)}, it should be {shape}")
-    ids = torch.cat([txt_ids, img_ids], dim=1)
-    if ids.shape[1:] != (txt.shape[1] + img.shape[1], len(cfg.axes_dim)):
-        raise ValueError(
-            f"txt_ids {tuple(txt_ids.shape)} and img_ids {tuple(img_ids.shape)} should be [B or 1, L, "
-            f"{len(cfg.axes_dim)}] with the lengths of txt and img"
-        )
+    both = (txt_ids, img_ids)
+    for name, ids, tokens in zip(("txt_ids", "img_ids"), both, (txt, img), strict=True):
+        rest = (tokens.shape[1], len(cfg.axes_dim))
+        if tuple(ids.shape) not in ((1, *rest), (batch, *rest)):
+            raise ValueError(f"{name} has shape {tuple(ids.shape)}, it should be {(batch, *rest)} or {(1, *rest)}")
+    samples = max(len(ids) for ids in both)
+    ids = torch.cat([ids.expand(samples, -1, -1) for ids in both], dim=1)
     table = layers.rope(ids, cfg.axes_dim, cfg.theta, img.dtype)
     return {name: value for name, (value, _) in expected.items()}, {"rope": table, "text_length": txt.shape[1]}
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flux_func.models import layers
+
 # (first, last) to those rows of a leaf, on the CPU and in the stored type.
 Rows = Callable[[int, int], Tensor]
 
@@ -55,6 +57,7 @@ class TextConfig:
     def __post_init__(self):
         if self.kind not in ("hash", "hf"):
             raise ValueError(f"kind {self.kind!r} should be 'hash' or 'hf'")
+        layers.check_numbers(self)
 
 
 def model_class(part: str) -> type:

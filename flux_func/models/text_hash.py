@@ -60,7 +60,9 @@ def _vectors(ids: np.ndarray | Tensor, purpose: str, width: int) -> Tensor:
     # [B, L] to [B, L, width], on the tokens' device; each word that occurs is looked up once.
     ids = torch.as_tensor(ids)
     distinct, where = ids.unique(return_inverse=True)
-    table = np.stack([_vector(token, purpose, width) for token in distinct.tolist()])
+    table = np.empty((len(distinct), width), dtype=np.float32)
+    for row, token in zip(table, distinct.tolist(), strict=True):
+        row[:] = _vector(token, purpose, width)
     return torch.from_numpy(table).to(ids.device)[where]
 
 

@@ -196,9 +196,11 @@ def grad_and_value(
       The gradients, of what `sharding.grads` gives this process, and this process's part of the loss.
 
     Raises:
-      ValueError: a policy that does not exist or keeps what there is not, or shapes that do not fit.
+      ValueError: a policy that does not exist or keeps what there is not, parameters of another model, or shapes that
+        do not fit.
     """
     visiting, pulls = visit(remat, vjp), []
+    flux.check_params(params, cfg, parts=sharding is not ONE_PROCESS)
     if isinstance(remat, frozenset):
         selective.check(remat, cfg)
     carry, const = sharding.split(*path.inputs(cfg, batch, denominator))

@@ -135,11 +135,11 @@ def _vjp(end: Callable[[], None], fn: Callable, part: Params, *carry: tree.Tree)
     return out, pull_and_end
 
 
-def forward(base: Base | None, params: Params, sharding: Sharding) -> tuple[Params, Sharding, Ops]:
+def forward(base: Base | None, params: Params, sharding: Sharding, ops: Ops = Ops()) -> tuple[Params, Sharding, Ops]:
     """Returns the parameters, sharding and ops of a run's forward passes, given what it trains and where that is."""
     if base is None:
-        return params, sharding, Ops()
-    return *together(base.params, base.sharding, [(params, sharding.params, 1.0)]), lora.with_updates()
+        return params, sharding, ops
+    return *together(base.params, base.sharding, [(params, sharding.params, 1.0)]), lora.with_updates(ops)
 
 
 def together(

@@ -68,11 +68,9 @@ def _of_lora(config: ml_collections.ConfigDict, cfg: flux.FluxConfig, base: Shar
 
 def ops(config: ml_collections.ConfigDict, cfg: flux.FluxConfig, made: Sharding) -> Ops:
     """Returns how a training step does the model's operations, over the processes of a sequence where it is split."""
-    found, p, kernel = Ops(), config.parallel, config.kernels.attention
+    found, p, named = kernel(config), config.parallel, config.kernels.attention
     if made.splits:
-        found = Ops(attention=attention.context_attention(p.attention, made.mesh, cfg.num_heads, p.ulysses, kernel))
-    elif kernel:
-        found = Ops(attention=functools.partial(layers.attention, kernel=kernel))
+        found = Ops(attention=attention.context_attention(p.attention, made.mesh, cfg.num_heads, p.ulysses, named))
     if config.numerics.linear:
         emulate = made.device.type == "cpu"
         linear = quantized.linear(config.numerics.linear, _quantized(config, cfg), emulate=emulate)
@@ -81,6 +79,12 @@ def ops(config: ml_collections.ConfigDict, cfg: flux.FluxConfig, made: Sharding)
         options = {"mode": config.compile.mode} if config.compile.mode else {}
         found = dataclasses.replace(found, wrap_stage=compiled.stages(backend=config.compile.backend, **options))
     return found
+
+
+def kernel(config: ml_collections.ConfigDict) -> Ops:
+    """Returns how whole sequences are attended to: by the kernel that the config names, in evaluation too."""
+    name = config.kernels.attention
+    return Ops(attention=functools.partial(layers.attention, kernel=name)) if name else Ops()
 
 
 def remat(config: ml_collections.ConfigDict) -> str | Policy:

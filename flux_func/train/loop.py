@@ -13,6 +13,7 @@ import torch
 from absl import logging
 
 from flux_func import config as configs
+from flux_func import tree
 from flux_func.data import images as pictures
 from flux_func.data import pipeline, sources
 from flux_func.errors import UserError
@@ -87,6 +88,8 @@ def train(
         with processes.together():
             if processes.is_first():
                 held.enter_context(workdirs.keeping_others_out(run.workdir))
+            if checkpoint.latest(workdir) != resumed:
+                raise UserError(f"workdir is {workdir!r}: another run saved a checkpoint there meanwhile; start again")
         if processes.is_first():
             metrics.write_json(run.workdir / "config.json", to_json(config))
         kept = config.checkpoint.keep_last, config.checkpoint.keep_every
@@ -129,10 +132,15 @@ def prepare(
     chosen, (cfg, weights) = optimizer.from_config(config), choose_model(config, workdir, resumed)
     sharding = layout.build(config, cfg, chosen, mesh, device)
     profile.check(config, resumed or 0)
-    upcoming = [step for step in range(resumed or 0, config.train.steps) if due(step, config.checkpoint.every)]
+    upcoming = [step for step in range((resumed or 0) + 1, config.train.steps) if due(step, config.checkpoint.every)]
+    kept = state.abstract(config, cfg, chosen)
+    if not upcoming and config.checkpoint.last_weights_only:
+        kept = checkpoint.weights(kept)
+        if config.checkpoint.export_dtype:
+            kept = tree.map(lambda leaf: leaf.to(state.DTYPES[config.checkpoint.export_dtype]), kept)
     workdirs.check_room(
         workdir,
-        state.size_in_bytes(state.abstract(config, cfg, chosen)),
+        state.size_in_bytes(kept),
         [*upcoming, config.train.steps],
         config.checkpoint.keep_last,
         config.checkpoint.keep_every,
@@ -306,7 +314,9 @@ def validation(run: Run, current: dict, step: int, writer: metrics.Metrics) -> d
     if v.images:
         draw(run, current, captions(run, v.images), f"validation_{step:06d}.png")
     held = held_out(run, v.samples, validate.samples_per_pass(v.samples, v.batch_size, mesh), mesh)
-    params, sharding, ops = adapt.forward(run.base, placements.shards(state.averaged(current)), run.sharding)
+    params, sharding, ops = adapt.forward(
+        run.base, placements.shards(state.averaged(current)), run.sharding, layout.kernel(run.config)
+    )
     return validate.run(
         params,
         run.cfg,
@@ -332,7 +342,9 @@ def captions(run: Run, count: int) -> list[str]:
 def draw(run: Run, current: dict, texts: list[str], name: str) -> None:
     """Samples a grid with the settings of config.sample into samples/NAME."""
     s, size = run.config.sample, run.config.data.image_size
-    params, sharding, ops = adapt.forward(run.base, placements.shards(state.averaged(current)), run.sharding)
+    params, sharding, ops = adapt.forward(
+        run.base, placements.shards(state.averaged(current)), run.sharding, layout.kernel(run.config)
+    )
     images = generate.generate(
         params,
         run.cfg,

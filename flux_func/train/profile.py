@@ -82,8 +82,14 @@ def traced(
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     plan = torch.profiler.schedule(wait=WARMUP - 1, warmup=1, active=steps, repeat=1)
     options = {"activities": activities, "schedule": plan, "on_trace_ready": write, "acc_events": True}
+
+    def end_step() -> None:
+        if device.type == "cuda":  # whose kernels run behind: those of another step would be counted here
+            torch.cuda.synchronize(device)
+        profiler.step()
+
     with listening(record_function), torch.profiler.profile(**options) as profiler:
-        yield profiler.step
+        yield end_step
 
 
 def operations(events: Sequence[Any], device: torch.device) -> list[Row]:

@@ -79,8 +79,9 @@ def token_saliency(
       {"txt": [B, L], "img": [B, N], "y": [B]}, N = h * w / 4 patches in rows.
 
     Raises:
-      ValueError: shapes that do not fit.
+      ValueError: parameters of another model, or shapes that do not fit.
     """
+    flux.check_params(params, cfg)
     carry, const = path.inputs(cfg, batch)
     chosen = {name: carry[name] for name in ("txt", "img", "y")}
 
@@ -125,8 +126,9 @@ def prompt_sensitivity(
         this one's; the change is then the first order of going there.
 
     Raises:
-      ValueError: a direction of something else, or that does not fit.
+      ValueError: a direction of something else, or that does not fit; parameters of another model.
     """
+    flux.check_params(params, cfg)
     carry, const = path.inputs(cfg, batch)
     if not direction or set(direction) - {"txt", "y"}:
         raise ValueError(f"direction is of {sorted(direction)}, it should be of 'txt', 'y' or both")
@@ -252,8 +254,10 @@ def attention_maps(
       text and image, add up to 1.
 
     Raises:
-      ValueError: a stage that has no attention or does not exist, or shapes that do not fit.
+      ValueError: a stage that has no attention or does not exist, parameters of another model, or shapes that do not
+        fit.
     """
+    flux.check_params(params, cfg)
     carry, const = path.inputs(cfg, batch)
     stages = flux.chain(cfg)
     places = {found.name: place for place, found in enumerate(stages) if found.index is not None}

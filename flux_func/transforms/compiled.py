@@ -27,6 +27,9 @@ def stages(**options: Any) -> Callable[[Callable, Stage], Callable]:
 
     Args:
       options: torch.compile's own, such as `backend` and `mode`.
+
+    Returns:
+      It goes innermost, around stages as they are; ValueError where it is put around something else.
     """
     options = {"fullgraph": True, **options}
     made: dict[Callable, Callable] = {}
@@ -34,6 +37,8 @@ def stages(**options: Any) -> Callable[[Callable, Stage], Callable]:
     def wrap_stage(fn: functools.partial, stage: Stage) -> Callable:
         if not stage.keys:
             return fn
+        if not isinstance(fn, functools.partial) or "ops" not in fn.keywords:
+            raise ValueError(f"{stage.name} is wrapped already: what compiles it should be the innermost wrap_stage")
         # Dynamo tells what it compiled apart by the code that it starts from: of a kind, not of a partial.
         given = dict(fn.keywords)
         plain = dataclasses.replace(given.pop("ops"), wrap_stage=Ops.wrap_stage)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from flux_func import random, tree
 from flux_func.transforms import checks, per_sample
+from flux_func.transforms.norms import global_norm
 
 Patterns = Sequence[str] | None
 # (params, *args) to a scalar.
@@ -279,7 +280,12 @@ def spectrum(
 
 
 def density(spectrum: Spectrum, at: Tensor, width: float) -> Tensor:
-    """Returns the density of the eigenvalues at [...], each node of the quadratures a Gaussian of this deviation."""
+    """Returns the density of the eigenvalues at [...], each node of the quadratures a Gaussian of this deviation.
+
+    Raises:
+      ValueError: a width that is not above 0.
+    """
+    checks.positive("width", width)
     scaled = (at[..., None, None] - spectrum.nodes) / width
     peaks = torch.exp(-scaled.square() / 2) / (width * math.sqrt(2 * math.pi))
     return (peaks * spectrum.weights).sum(-1).mean(-1)
@@ -294,9 +300,9 @@ def _lanczos(
     matrix, left, scale = torch.zeros(steps, steps, dtype=torch.float64), 0.0, 0.0
     w = _raveled(_start(at, seed, probe, 0), basis)
     for step in range(steps):
-        basis[step] = w / w.norm()
+        basis[step] = w / global_norm(w)
         w = _raveled(matvec(_unraveled(basis[step], at)), basis)
-        norm = w.norm().item()
+        norm = global_norm(w).item()
         if not math.isfinite(norm):
             raise ValueError(
                 f"product {step} with the matrix has the norm {norm}: the loss's derivatives are not finite"
@@ -304,7 +310,7 @@ def _lanczos(
         scale = max(scale, norm)
         matrix[step, step] = (basis[step] @ w).item()
         w = _orthogonal(w, basis[: step + 1])
-        left = w.norm().item()
+        left = global_norm(w).item()
         if left <= 100 * torch.finfo(basis.dtype).eps * scale:
             # The span is invariant: what is left is rounding, so the iteration goes on from outside.
             left, w = 0.0, _orthogonal(_raveled(_start(at, seed, probe, step + 1), basis), basis[: step + 1])

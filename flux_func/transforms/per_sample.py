@@ -80,8 +80,10 @@ def each(loss: Loss, params: Tree, batch: Tree, chunk: int | None, take: Callabl
 
 def _squares(grads: Tree) -> Tensor:
     """Returns the squared norms [chunk] of gradients [chunk, ...], in float32 or wider."""
-    flat = (leaf.to(at_least_float32(leaf.dtype)).flatten(1) for leaf in tree.leaves(grads))
-    return sum(torch.linalg.vector_norm(leaf, dim=1).square() for leaf in flat)
+    wide = (leaf.to(at_least_float32(leaf.dtype)) for leaf in tree.leaves(grads))
+    # By rows: on a CPU torch adds up squares one after the other, and a norm of millions would lose digits.
+    rows = (leaf.reshape(len(leaf), -1, leaf.shape[-1] if leaf.ndim > 1 else 1) for leaf in wide)
+    return sum(torch.linalg.vector_norm(leaf, dim=2).square().sum(1) for leaf in rows)
 
 
 # Norms without gradients.
@@ -205,7 +207,8 @@ def _square_of_product(grad: Tensor, x: Tensor) -> Tensor:
     rows, out, fan_in = grad.shape[0], grad.shape[1], x.shape[1]
     if rows * (out + fan_in) < out * fan_in:
         return ((grad @ grad.mT) * (x @ x.mT)).sum()
-    return (grad.mT @ x).square().sum()
+    # A norm is one pass over the product, where its squares would be another tensor; that of a row keeps its digits.
+    return torch.linalg.vector_norm(grad.mT @ x, dim=1).square().sum()
 
 
 # The gradient noise scale.
@@ -233,7 +236,7 @@ def noise_scale(loss: Loss, params: Tree, batch: Tree, chunk: int | None = None)
     """
 
     def take(grads: Tree, values: Tensor) -> tuple[Tree, Tensor]:
-        return tree.map(lambda leaf: leaf.sum(0), grads), _squares(grads)
+        return tree.map(lambda leaf: leaf.sum(0, dtype=at_least_float32(leaf.dtype)), grads), _squares(grads)
 
     total, squares = _sum(each(loss, params, batch, chunk, take))
     mean = tree.map(lambda leaf: leaf[None] / len(squares), total)
@@ -305,8 +308,8 @@ def clipped_sum(
 ) -> tuple[Tree, Tensor]:
     """Returns the sum of the samples' gradients, each scaled down to norm clip_norm at most, and the norms [B].
 
-    One sample changes the sum by clip_norm at most: the sensitivity that `private` adds noise for (Abadi et al. 2016,
-    arXiv:1607.00133).
+    It is added up in float32 or wider, and of params' types at the end. One sample changes it by clip_norm at most: the
+    sensitivity that `private` adds noise for (Abadi et al. 2016, arXiv:1607.00133).
 
     Args:
       loss, params, batch, chunk: as for `norms`.
@@ -324,24 +327,33 @@ def clipped_sum(
 
     def take(grads: Tree, values: Tensor) -> tuple[Tree, Tensor]:
         scale = weights(norms := _squares(grads).sqrt())
-        return tree.map(lambda leaf: torch.tensordot(scale.to(leaf.dtype), leaf, 1), grads), norms
+        return tree.map(lambda leaf: torch.tensordot(scale, leaf.to(scale.dtype), 1), grads), norms
 
     def weighted(params: Tree, part: Tree, norms: Tensor) -> Tensor:
         return (torch.func.vmap(checks.scalar(loss, FOR_ONE), in_dims=(None, 0))(params, part) * weights(norms)).sum()
 
+    def rounded(total: Tree, norms: Tensor) -> tuple[Tree, Tensor]:
+        return tree.map(lambda leaf, like: leaf.to(like.dtype), total, params), norms
+
     if norms is None:
-        return _sum(each(loss, params, batch, chunk, take))
+        return rounded(*_sum(each(loss, params, batch, chunk, take)))
     if list(norms.shape) != (expected := [checks.samples(batch)]):
         raise ValueError(f"norms is {list(norms.shape)}: should be {expected}, one for each sample of the batch")
     pairs = checks.chunks((batch, norms.detach()), chunk)
-    return _sum((torch.func.grad(weighted)(checks.filled(params), part, known), known) for part, known in pairs)
+    parts = ((torch.func.grad(weighted)(checks.filled(params), part, known), known) for part, known in pairs)
+    return rounded(*_sum(parts))
 
 
 def _sum(parts: Iterator[tuple[Tree, Tensor]]) -> tuple[Tree, Tensor]:
-    """Returns the sum of the trees, and the tensors one after the other."""
+    """Returns the sum of the trees in float32 or wider, and the tensors one after the other."""
+
+    def own(leaf: Tensor) -> Tensor:
+        # To be added to in place: the gradients of two leaves may be one tensor, or one number expanded.
+        return leaf.to(at_least_float32(leaf.dtype), copy=True)
+
     total, found = None, []
     for part, values in parts:
-        total = part if total is None else tree.map(Tensor.add_, total, part)
+        total = tree.map(own, part) if total is None else tree.map(Tensor.add_, total, part)
         found.append(values)
         # Not to be there while the next is computed.
         del part
@@ -362,7 +374,8 @@ def private(optimizer: Any, clip_norm: float, noise_multiplier: float, batch_siz
 
     Args:
       optimizer: a named tuple with the functions `init(params) -> state` and `update(grads, state, params) -> (params,
-        state)`, as of ff.optimizer; its own kind is returned.
+        state)`, as of ff.optimizer; its own kind is returned. What else the returned update is given, such as a scale
+        of the gradients, it hands on.
       clip_norm: that of clipped_sum.
       noise_multiplier: in units of clip_norm; 0: none, and no privacy.
       batch_size: the samples in a batch, or their expected number where each is drawn by chance.
@@ -382,10 +395,10 @@ def private(optimizer: Any, clip_norm: float, noise_multiplier: float, batch_siz
     def init(params: Tree) -> Tree:
         return {"inner": optimizer.init(params), "step": torch.zeros((), dtype=torch.int64)}
 
-    def update(total: Tree, state: Tree, params: Tree, scale: Tensor | None = None) -> tuple[Tree, Tree]:
+    def update(total: Tree, state: Tree, params: Tree, *more: Any, **named: Any) -> tuple[Tree, Tree]:
         noise = _noise(total, seed, int(state["step"]))
         grads = tree.map(lambda leaf: (leaf + noise_multiplier * clip_norm * next(noise)) / batch_size, total)
-        params, inner = optimizer.update(grads, state["inner"], params, scale)
+        params, inner = optimizer.update(grads, state["inner"], params, *more, **named)
         state["step"] += 1
         return params, {**state, "inner": inner}
 

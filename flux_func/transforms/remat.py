@@ -46,9 +46,9 @@ def remat(fn: Callable, policy: Policy | None = None) -> Callable:
 
     Raises:
       ValueError: when it is called. `fn` holds a tensor that is being differentiated or mapped over: in its closure,
-        its bound arguments, defaults or attributes, in those of objects that it so holds, or in a global variable that
-        it names. (What functions that it calls by a global name hold is not looked at.) Or `fn` does not run an
-        operation that the policy keeps.
+        its bound arguments, defaults or attributes, in a global variable that it names, or in the attributes of objects
+        that it so holds and of their classes. (Functions, modules and classes by global names are not looked into, nor
+        are more than 10,000 objects.) Or `fn` does not run an operation that the policy keeps.
     """
     _check_policy(policy)
 

@@ -10,6 +10,7 @@ composes with every transform of torch.func, cannot. Named by Korthikanti et al.
 import dataclasses
 import difflib
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from flux_func.models import flux, layers
 from flux_func.models.attention import Tape
 from flux_func.models.flux import Stage
 from flux_func.models.layers import Ops, Params
+from flux_func.transforms import checks
 from flux_func.transforms.remat import Policy
 
 # The key in what a recorded stage returns, and in the const of a replayed one.
@@ -51,8 +53,11 @@ def recording(ops: Ops, keep: Policy) -> Ops:
         "double_blocks.*_attn.proj", "single_blocks.linear1".
 
     Raises:
-      ValueError: linears are named, and `ops` does them in its own way, whose gradients are unknown here.
+      ValueError: linears are named, and `ops` does them in its own way, whose gradients are unknown here; or attention
+        is, and that of `ops` takes no `tape`, as `models.attention` does.
     """
+    if "attention" in keep and "tape" not in inspect.signature(ops.attention).parameters:
+        raise ValueError(f"remat keeps 'attention': {checks.name(ops.attention)} should take a tape, as ff's attention")
     if keep - {"attention"} and ops.linear is not layers.linear:
         named = ", ".join(map(repr, sorted(keep - {"attention"})))
         raise ValueError(f"remat keeps {named}: of linears that are not plain matrix products only 'attention' is kept")

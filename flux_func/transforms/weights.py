@@ -45,7 +45,8 @@ def soup(trees: Sequence[tree.Tree], weights: Sequence[float] | Tensor | None = 
       weights: a number for each, or a tensor [len(trees)]; None: equal ones.
 
     Raises:
-      ValueError: trees that differ, another number of weights, or weights whose sum is 0.
+      ValueError: trees that differ, another number of weights, or numbers whose sum is 0. (That of tensors is not
+        looked at, which could mean to wait for a device.)
     """
     _check_alike(trees, "soup")
     weights = _weights(weights, len(trees), "soup")

@@ -219,3 +219,17 @@ def test_misuse_is_said():
         losses.guided_velocity(PARAMS, CFG, batch, 2.0, **two)
     with pytest.raises(ValueError, match="params are of a model whose guidance_embed is True, cfg's is False"):
         losses.flow_matching(STUDENT, CFG, batch)
+    with pytest.raises(ValueError, match=r"scale has shape \(2,\), it should be a number or a tensor \(3,\)"):
+        losses.guided_velocity(PARAMS, CFG, batch, torch.ones(2), **uncond)
+    with pytest.raises(ValueError, match=r"earlier has shape \(2,\), it should be \(3,\)"):
+        losses.discrete_consistency(PARAMS, CFG, batch, batch["timesteps"][:2])
+    with pytest.raises(ValueError, match="earlier is a float, it should be"):
+        losses.discrete_consistency(PARAMS, CFG, batch, 0.1)
+    late = {name: value for name, value in batch.items() if name != "timesteps"}
+    for ask in (
+        lambda: losses.weighted(PARAMS, CFG, late, torch.ones_like),
+        lambda: losses.guided_velocity(PARAMS, CFG, late, 2.0, **uncond),
+        lambda: losses.consistency(PARAMS, CFG, late),
+    ):
+        with pytest.raises(ValueError, match="batch lacks timesteps"):
+            ask()

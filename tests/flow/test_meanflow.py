@@ -258,5 +258,15 @@ def test_misuse_is_said():
         meanflow.sample(PARAMS, GUIDED, noise=batch["noise"], txt=batch["txt"], y=batch["y"], steps=0)
     with pytest.raises(ValueError, match=r"u has shape \(8,\), it should be \(2, B\)"):
         meanflow.times(torch.rand(8), 2)
+    with pytest.raises(ValueError, match=r"near is 0.9, it should be in \[0, 0.5\)"):
+        meanflow.times(torch.rand(2, 4), 2, 1, near=0.9)
+    with pytest.raises(ValueError, match=r"omega has shape \(3,\)"):
+        meanflow.guided(PARAMS, GUIDED, batch, torch.ones(3), **tiny_model.no_prompt())
+    late = {name: value for name, value in batch.items() if name != "timesteps"}
+    for ask in (meanflow.loss, meanflow.target):
+        with pytest.raises(ValueError, match="batch lacks timesteps"):
+            ask(PARAMS, GUIDED, late, r)
+    with pytest.raises(ValueError, match="params are of a model whose depth is"):
+        meanflow.from_flow_matching({**tiny_model.params(), "double_blocks": []}, CFG)
     with pytest.raises(ValueError, match="params have no guidance_in"):
         meanflow.slow(tiny_model.params())

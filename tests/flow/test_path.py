@@ -108,6 +108,11 @@ def test_misfit_latents_are_named():
     odd = batch["noise"][..., 1:]
     with pytest.raises(ValueError, match="even h and w"):
         path.loss(flux.init(TINY), TINY, {**batch, "noise": odd, "latents": odd})
+    with pytest.raises(ValueError, match=r"timesteps has shape \(1,\)"):
+        path.loss(flux.init(TINY), TINY, {**batch, "timesteps": batch["timesteps"][:1]})
+    fill = dataclasses.replace(TINY, in_channels=2 * TINY.in_channels)
+    with pytest.raises(ValueError, match="should be equal for a flow"):
+        path.loss(flux.init(fill), fill, batch)
     lacking = {name: value for name, value in batch.items() if name not in ("noise", "y")}
     with pytest.raises(ValueError, match="batch lacks noise, y: it has latents, timesteps, txt"):
         path.loss(flux.init(TINY), TINY, lacking)
@@ -117,3 +122,6 @@ def test_a_column_is_a_number_for_each_sample():
     like = torch.zeros(2, 3, 4)
     assert path.column(2.0, like) == 2.0 and path.column(torch.tensor(2.0), like).shape == ()
     assert path.column(torch.tensor([1.0, 2.0]), like).tolist() == [[[1.0]], [[2.0]]]
+    for wrong in (torch.ones(1), torch.ones(3), torch.ones(2, 1), [1.0, 2.0], None):
+        with pytest.raises(ValueError, match=r"t (has shape|is) .* it should be a number or a tensor \(2,\)"):
+            path.column(wrong, like, "t")

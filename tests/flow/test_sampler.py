@@ -223,6 +223,19 @@ def test_what_cannot_be_honoured_is_an_error(params):
         sampler.sample(params[CFG], GUIDED, **batch, steps=1, guidance=2.0)
     with pytest.raises(ValueError, match="steps 0 should be a whole number from 1 on"):
         run(steps=0)
+    uncond = {"uncond_txt": batch["txt"], "uncond_y": batch["y"]}
+    for scale in (torch.ones(3), torch.ones(1)):
+        with pytest.raises(ValueError, match=r"cfg_scale has shape .* should be a number or a tensor \(2,\)"):
+            run(cfg_scale=scale, **uncond)
+    with pytest.raises(ValueError, match=r"cfg_scale is \[1.0, 2.0\], it should be a number or a tensor"):
+        run(cfg_scale=[1.0, 2.0], **uncond)
+    with pytest.raises(ValueError, match=r"guidance is \[1.0, 2.0\], it should be a number or a tensor"):
+        run(GUIDED, guidance=[1.0, 2.0])
+    with pytest.raises(ValueError, match="noise is torch.int64, it should be of a floating type"):
+        run(noise=batch["noise"].long())
+    fill = dataclasses.replace(CFG, in_channels=2 * CFG.in_channels)
+    with pytest.raises(ValueError, match="in_channels 128 and out_channels 64 should be equal for a flow"):
+        sampler.sample(flux.init(fill), fill, **batch, steps=1)
 
 
 def test_a_guidance_scale_may_be_a_tensor_and_differentiated(params):

@@ -195,5 +195,9 @@ def test_what_no_distribution_has_is_refused():
             timesteps.logit_normal_density(u, std=std)
     with pytest.raises(ValueError, match="^batch_size 0 should be at least 1$"):
         timesteps.stratified(u, 0, 0)
+    with pytest.raises(ValueError, match=r"index 5 should be in \[0, 2\)"):
+        timesteps.stratified(u, 5, 2)
+    with pytest.raises(ValueError, match="'stratified' need index and batch_size"):
+        timesteps.sample("stratified", u)
     with pytest.raises(ValueError, match="^steps 2.5 should be a whole number from 1 on$"):
         timesteps.schedule(2.5, None)

@@ -136,7 +136,9 @@ def test_misfit_inputs_are_named():
         "timesteps has shape": {"timesteps": inputs["timesteps"][:1]},
         "y has shape": {"y": inputs["y"][:, :5]},
         "takes no guidance": {"guidance": torch.ones(2)},
-        "img_ids": {"img_ids": inputs["img_ids"][:, :2]},
+        "img_ids has shape": {"img_ids": inputs["img_ids"][:, :2]},
+        "txt_ids has shape": {"txt_ids": inputs["img_ids"], "img_ids": inputs["txt_ids"]},
+        "img_ids has shape \\(3, ": {"img_ids": inputs["img_ids"][:1].expand(3, -1, -1)},
         "should be \\[B, L, C\\]": {"img": inputs["img"][0]},
     }
     for message, change in cases.items():
@@ -152,6 +154,9 @@ def test_wrong_shapes_of_a_config_are_named():
         dataclasses.replace(TINY, num_heads=7)
     with pytest.raises(ValueError, match="axes_dim"):
         dataclasses.replace(TINY, axes_dim=(4, 4, 4))
+    for change in ({"axes_dim": (-4, 10, 10)}, {"mlp_ratio": -1.0}, {"qk_norm_eps": -1.0}):
+        with pytest.raises(ValueError, match=f"{next(iter(change))} .* should"):
+            dataclasses.replace(TINY, **change)
     for name, value in (("num_heads", 0), ("hidden_size", 128.0), ("depth", -1), ("qk_norm_eps", float("nan"))):
         with pytest.raises(ValueError, match=f"{name} {value} should be a"):
             dataclasses.replace(TINY, **{name: value})
@@ -227,6 +232,18 @@ def test_float64_is_kept_and_bfloat16_is_close():
         assert (out.double() - exact).norm() <= bound * exact.norm()
 
 
+def test_ids_may_be_of_each_sample_or_of_all():
+    params, inputs = flux.init(TINY, scheme="nonzero"), draw_inputs(TINY)
+    expected = flux.apply(params, TINY, **inputs)
+    for name in ("img_ids", "txt_ids"):
+        one = {**inputs, name: inputs[name][:1]}
+        torch.testing.assert_close(flux.apply(params, TINY, **one), expected, rtol=0, atol=0)
+
+
+def test_a_config_from_a_list_can_be_looked_up():
+    assert hash(dataclasses.replace(TINY, axes_dim=list(TINY.axes_dim))) == hash(TINY)
+
+
 def test_linears_are_what_ops_are_told():
     told, cfg = [], dataclasses.replace(TINY, guidance_embed=True)
 
@@ -249,3 +266,19 @@ def test_parameters_of_another_model_are_refused(changes):
         flux.apply(flux.init(other), TINY, **given)
     with pytest.raises(ValueError, match="params have nothing: they should be a tree"):
         flux.apply({}, TINY, **given)
+
+
+@pytest.mark.parametrize(
+    "changes, leaf",
+    [
+        ({"num_heads": 4, "axes_dim": (8, 12, 12)}, "double_blocks.0.img_attn.norm.key_norm.scale"),
+        ({"mlp_ratio": 2.0}, "double_blocks.0.img_mlp.0.bias"),
+        ({"out_channels": 4}, "final_layer.linear.bias"),
+        ({"vec_in_dim": 32}, "vector_in.in_layer.weight"),
+    ],
+    ids=str,
+)
+def test_parameters_of_other_widths_are_refused(changes, leaf):
+    other, given = dataclasses.replace(TINY, **changes), draw_inputs(TINY)
+    with pytest.raises(ValueError, match=f"params are of another model than cfg: .*{leaf} is"):
+        flux.apply(flux.init(other), TINY, **given)

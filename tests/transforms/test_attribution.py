@@ -131,6 +131,14 @@ def test_prompt_sensitivity_is_the_difference_quotient(ops):
 
 def test_directions_that_do_not_fit_are_refused():
     batch = tiny_model.batch()
+    deeper = {**PARAMS, "double_blocks": 2 * PARAMS["double_blocks"]}
+    for call in (
+        lambda: attribution.token_saliency(deeper, DEEPER, batch),
+        lambda: attribution.prompt_sensitivity(deeper, DEEPER, batch, {"y": batch["y"]}),
+        lambda: attribution.attention_maps(deeper, DEEPER, batch, "double_blocks.0"),
+    ):
+        with pytest.raises(ValueError, match="params are of a model whose depth is"):
+            call()
     with pytest.raises(ValueError, match=r"direction is of \['img'\], it should be of 'txt', 'y' or both"):
         attribution.prompt_sensitivity(PARAMS, DEEPER, batch, {"img": batch["txt"]})
     with pytest.raises(ValueError, match=r"direction does not fit: 1 tensor: txt is \[2, 2, 16\]"):

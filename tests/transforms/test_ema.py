@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux_func.transforms import ema
 from tests.helpers import rank_sampling, ranks
@@ -34,9 +35,21 @@ def test_a_decay_out_of_range_is_refused(decay):
         ema.update({"w": torch.zeros(3)}, {"w": torch.ones(3)}, decay)
 
 
-def test_a_decay_may_be_a_tensor():
-    average = ema.update({"w": torch.zeros(3)}, {"w": torch.ones(3)}, torch.tensor(0.25))
-    torch.testing.assert_close(average["w"], torch.full((3,), 0.75))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_decay_may_be_a_tensor_which_is_not_looked_at(dtype):
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        average = ema.update({"w": torch.zeros(3, dtype=dtype)}, {"w": torch.ones(3)}, torch.tensor(0.25))
+    torch.testing.assert_close(average["w"], torch.full((3,), 0.75, dtype=dtype))
+    assert seen and not any("local_scalar" in name for name in seen)
+    with pytest.raises(ValueError, match=r"decay is a tensor \[2\]: should be a number or a scalar tensor"):
+        ema.update({"w": torch.zeros(3)}, {"w": torch.ones(3)}, torch.ones(2))
 
 
 @pytest.mark.parametrize(

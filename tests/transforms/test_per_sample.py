@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -196,6 +197,13 @@ def test_norms_of_half_precision_are_added_up_in_float32():
     torch.testing.assert_close(norms, torch.full((2,), 300**0.5))
 
 
+def test_norms_of_large_leaves_keep_their_digits():
+    w = torch.randn(4000, 5000, generator=torch.Generator().manual_seed(0))
+    found, _ = per_sample.norms(lambda p, s: (p["w"] * w).sum() * s + p["b"] * s, {"w": w, "b": w[0, 0]}, torch.ones(1))
+    exact = (torch.dot(w.flatten().double(), w.flatten().double()) + 1).sqrt()
+    torch.testing.assert_close(found[0].double(), exact, rtol=1e-6, atol=0)
+
+
 def test_misuse_is_named():
     params, batch = problem()
 
@@ -306,6 +314,39 @@ def test_clipped_sum_is_that_of_a_loop(by_ghosts, chunk):
     assert_same(total, tree.map(lambda *leaves: sum(s * leaf for s, leaf in zip(scale, leaves, strict=True)), *grads))
 
 
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("chunk", [1, 2, 3, None])
+def test_clipped_sum_where_leaves_share_a_gradient(known, chunk):
+    params, batch = (
+        {name: draw(np.random.default_rng(i), 3) for i, name in enumerate("ab")},
+        draw(np.random.default_rng(2), 4, 3),
+    )
+
+    def loss(params, sample):
+        return ((params["a"] + params["b"]) * sample).sum() + params["a"].sum() * sample[0]
+
+    norms = per_sample.norms(loss, params, batch)[0]
+    total, _ = per_sample.clipped_sum(loss, params, batch, 0.5, chunk, norms if known else None)
+    each = per_sample.gradients(loss, params, batch)
+    scale = 0.5 / norms.clamp(min=0.5)
+    for name, leaf in total.items():
+        torch.testing.assert_close(leaf, (scale[:, None] * each[name]).sum(0))
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("chunk", [1, 8, None])
+def test_sums_of_bfloat16_are_taken_in_float32(known, chunk):
+    params, batch = {"w": torch.zeros((), dtype=torch.bfloat16)}, torch.ones(1024, dtype=torch.bfloat16)
+
+    def loss(params, sample):
+        return params["w"] * sample
+
+    total, norms = per_sample.clipped_sum(loss, params, batch, 2.0, chunk, torch.ones(1024) if known else None)
+    assert total["w"].item() == 1024 and total["w"].dtype == torch.bfloat16 and norms.dtype == torch.float32
+    found = per_sample.noise_scale(loss, params, batch, chunk)
+    assert found.trace.item() == 0 and found.grad_square.item() == 1
+
+
 @pytest.mark.parametrize("size", [(), (1,), (2,), (SIZE + 1,), (SIZE, 1)])
 @pytest.mark.parametrize("chunk", [2, SIZE])
 def test_norms_that_are_not_one_a_sample_are_refused(size, chunk):
@@ -333,6 +374,20 @@ def test_without_noise_the_private_step_is_the_step_of_the_clipped_mean():
     torch.testing.assert_close(params["w"], torch.full((3,), -1.0))
     assert int(state["step"]) == 2 and type(opt) is ff.optimizer.Optimizer
     assert total["w"].tolist() == [2.0] * 3
+
+
+def test_what_else_an_update_is_given_is_handed_on():
+    class Pair(NamedTuple):
+        init: Any
+        update: Any
+
+    given = []
+    plain = Pair(lambda params: {}, lambda grads, state, params: (params, state))
+    wide = Pair(plain.init, lambda grads, state, params, *more, **named: (given.append((more, named)), (params, {}))[1])
+    for pair, more, named in ((plain, (), {}), (wide, (torch.ones(()),), {"spans": {}})):
+        opt = per_sample.private(pair, 1.0, 0.0, 4, 0)
+        opt.update({"w": torch.ones(2)}, opt.init({}), {"w": torch.zeros(2)}, *more, **named)
+    assert given == [((torch.ones(()),), {"spans": {}})]
 
 
 def test_noise_has_its_deviation_and_is_counted():

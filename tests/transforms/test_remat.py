@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import types
+from collections import deque
 
 import numpy as np
 import pytest
@@ -113,6 +114,16 @@ class Slotted:
         return (self.weight * x).sum()
 
 
+class Shared:
+    """A tensor of its class, which a method reads by itself."""
+
+    def __init__(self, weight):
+        type(self).weight = weight
+
+    def method(self, x):
+        return (self.weight * x).sum()
+
+
 GLOBAL = None
 
 
@@ -129,6 +140,10 @@ HOLDERS = {
     "a method": lambda w: Scaled(w).method,
     "an object's attribute": lambda w: through(types.SimpleNamespace(w=[w])),
     "a slot": lambda w: Slotted(w).method,
+    "an attribute of the class": lambda w: type("Fresh", (Shared,), {})(w).method,
+    "a class": lambda w: through(type("Fresh", (), {"w": [w]})),
+    "what a builtin is bound to": lambda w: w.dot,
+    "a deque": lambda w: lambda x, w=deque([w]): (w[0] * x).sum(),
 }
 
 
@@ -149,8 +164,13 @@ def test_a_tensor_that_is_no_argument_is_refused_where_it_would_have_no_gradient
 def test_a_global_and_a_constant_argument_are_looked_into(monkeypatch):
     w = draw(3).requires_grad_()
     monkeypatch.setitem(globals(), "GLOBAL", {"w": [w]})
-    with pytest.raises(ValueError, match="named_global holds .*variable GLOBAL"):
-        remat.remat(named_global)(draw(3))
+    for fn in (named_global, lambda x: sum((GLOBAL["w"][0] * part).sum() for part in x)):
+        with pytest.raises(ValueError, match="holds .*variable GLOBAL"):
+            remat.remat(fn)(draw(3))
+    monkeypatch.setitem(globals(), "GLOBAL", types.SimpleNamespace(w=w))
+    with pytest.raises(ValueError, match="holds .*attribute w"):
+        remat.remat(lambda x: (GLOBAL.w * x).sum())(draw(3))
+    monkeypatch.setitem(globals(), "GLOBAL", {"w": [w]})
     with pytest.raises(ValueError, match="a constant|variable w"):
         remat.remat(lambda fn, x: fn(x))(lambda x: w * x, draw(3))
 

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flux_func.flow import path
 from flux_func.models import flux
+from flux_func.models.attention import attention
 from flux_func.models.layers import Ops
 from flux_func.parallel import fold
 from flux_func.transforms import lora, selective
@@ -89,6 +90,17 @@ def test_a_step_is_differentiated_through_by_torch_func_or_refused():
         torch.testing.assert_close(slope(remat), slope("none"), rtol=1e-12, atol=0)
     with pytest.raises(NotImplementedError, match="given its result has no second derivative"):
         slope("selective")
+
+
+def test_attention_that_takes_no_tape_is_refused_where_it_is_to_be_kept():
+    params, batch = flux.init(CFG, scheme="nonzero"), draw()
+
+    def own(q, k, v):
+        return attention(q, k, v)
+
+    with pytest.raises(ValueError, match="remat keeps 'attention': own should take a tape"):
+        fold.grad_and_value(params, CFG, batch, ops=Ops(attention=own), remat="selective")
+    fold.grad_and_value(params, CFG, batch, ops=Ops(attention=own), remat=keep("*.linear1"))
 
 
 @pytest.mark.parametrize(
