@@ -89,7 +89,8 @@ def updater(
             torch._fused_adamw_(*columns, [], steps, **hyper, amsgrad=False, maximize=False, grad_scale=divisor)
         for path, row in rows.items():
             if path not in plain:
-                keys = [_key(seed, f"rounding/{path}/{i}") for i in range(2)] if rounding == "stochastic" else []
+                device, drawn = row[0].device, range(2 if rounding == "stochastic" else 0)
+                keys = [_key(seed, f"rounding/{path}/{i}", device) for i in drawn]
                 for first, part in _parts(row):
                     advance(*part, step, rate, scale, _maps(row), keys, first, spans.get(path))
 
@@ -122,8 +123,9 @@ def _divisor(grads: list[Tensor], scale: Tensor | None) -> Tensor | None:
 
 
 @functools.cache
-def _key(seed: int, purpose: str) -> int:
-    return int(random.generator(seed, purpose).integers(1 << 32))
+def _key(seed: int, purpose: str, device: torch.device) -> Tensor:
+    # A tensor: a number that is compiled as a variable may become one of 32 bits with a sign.
+    return torch.tensor(int(random.generator(seed, purpose).integers(1 << 32)), device=device)
 
 
 def _maps(row: Row) -> tuple[Tensor | None, Tensor | None]:
@@ -168,7 +170,7 @@ def _advance(
     rate: float | Tensor,
     scale: Tensor | None,
     maps: Sequence[Tensor | None],
-    keys: Sequence[int],
+    keys: Sequence[Tensor],
     first: int,
     span: Span | None,
     *,
@@ -194,7 +196,7 @@ def _advance(
             kept.copy_(new)
 
 
-def _draws(keys: Sequence[int], step: Tensor, places: Tensor) -> Iterator[Tensor]:
+def _draws(keys: Sequence[Tensor], step: Tensor, places: Tensor) -> Iterator[Tensor]:
     """Yields 16 random bits for each place, twice for each key."""
     for key in keys:
         bits = precision.counted_bits(key, step, places)

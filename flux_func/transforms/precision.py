@@ -39,11 +39,11 @@ def round_to_bfloat16(x: Tensor, bits: Tensor) -> Tensor:
     return torch.where(x.isfinite(), carried.view(torch.float32), x).to(torch.bfloat16)
 
 
-def counted_bits(key: int, step: Tensor, index: Tensor) -> Tensor:
+def counted_bits(key: int | Tensor, step: Tensor, index: Tensor) -> Tensor:
     """Returns 32 random bits for each index, int64: a function of (key, step, index), the same on every device.
 
     Args:
-      key: of what is drawn for, an integer of 32 bits.
+      key: of what is drawn for, an integer of 32 bits, or an int64 scalar.
       step: a whole number, a scalar of any type.
       index: int64, from 0 to 2^32.
     """
