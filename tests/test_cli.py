@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from flux_func import cli
 from flux_func.errors import UserError
@@ -27,6 +28,18 @@ def test_a_user_error_is_one_line_and_exit_code_2(monkeypatch, capsys):
         cli.run(main)
     assert stop.value.code == 2
     assert capsys.readouterr().err == "program: error: train.steps is 0: should be at least 1\n"
+
+
+def test_a_device_that_is_full_is_one_line_that_says_what_needs_less(monkeypatch, capsys):
+    def main(argv):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB free.")
+
+    monkeypatch.setattr(sys, "argv", ["program"])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("program: error: CUDA out of memory: a smaller batch") and len(said.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

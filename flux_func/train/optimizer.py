@@ -264,7 +264,7 @@ def clip(grads: Tree, max_norm: float) -> tuple[Tree, Tensor]:
         return grads, norm
     # Not in place: the gradients of two leaves may be one tensor, which would be scaled twice.
     scaled = iter(torch._foreach_mul(tree.leaves(grads), scale))
-    return tree.map(lambda leaf: next(scaled), grads), norm
+    return tree.map(lambda leaf: next(scaled).to(leaf.dtype), grads), norm
 
 
 def is_elementwise(optimizer: Optimizer) -> bool:

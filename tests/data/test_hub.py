@@ -1,5 +1,6 @@
 """Hugging Face data sets written on the spot: by row, as streams, and what they may lack."""
 
+import dataclasses
 import itertools
 import pickle
 
@@ -102,6 +103,29 @@ def test_paths_that_cannot_be_loaded(tmp_path):
     datasets.DatasetDict({"test": table([0])}).save_to_disk(tmp_path / "split")
     with pytest.raises(UserError, match="has the splits test: should have one named train"):
         sources.build(settings(tmp_path / "split"), "train")
+
+
+def test_a_stream_that_breaks_off_is_said(tmp_path, monkeypatch):
+    table(range(4)).save_to_disk(tmp_path)
+    source = sources.build(settings(tmp_path, streaming=True), "train")
+
+    class Broken:
+        """One row, and then no network; at once, where it does not say what columns it has."""
+
+        column_names, features = None, None
+
+        def __init__(self, rows):
+            self._rows = rows
+
+        def __iter__(self):
+            yield from self._rows
+            raise ConnectionError("no network")
+
+    with pytest.raises(UserError, match=r"data.path is .*: its stream broke off \(no network\): start again"):
+        list(dataclasses.replace(source, table=Broken(itertools.islice(source.table, 1))))
+    monkeypatch.setattr(datasets.Dataset, "to_iterable_dataset", lambda self: Broken([]))
+    with pytest.raises(UserError, match=r"data.path is .*: cannot be loaded \(no network\): should be a folder"):
+        sources.build(settings(tmp_path, streaming=True), "train")
 
 
 def test_streams_need_no_workers(tmp_path):

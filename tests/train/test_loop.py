@@ -149,6 +149,51 @@ def test_validation_and_grids_are_of_the_average_where_it_is_kept(tmp_path, monk
     assert not torch.equal(kept["ema.img_in.weight"], kept["params.img_in.weight"])
 
 
+def test_validation_and_grids_are_by_the_kernel_that_is_named(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(loop, "draw", lambda run, current, texts, name: None)
+    monkeypatch.setattr(loop.validate, "run", lambda *args, ops, **kwargs: seen.append(ops) or {"validation_loss": 1.0})
+    train(tmp_path, {"train.steps": 1, "validate.every": 1, "kernels.attention": "math"})
+    assert [ops.attention.keywords for ops in seen] == [{"kernel": "math"}]
+
+
+WEIGHTS_AT_THE_END = {"checkpoint.every": 0, "checkpoint.last_weights_only": True}
+
+
+@pytest.mark.parametrize(
+    "fields, held, each",
+    [
+        ({"checkpoint.every": 2, "checkpoint.keep_last": 1}, 2, 12),  # of steps 2 and 4: there is none of step 0
+        ({"checkpoint.every": 4, "checkpoint.keep_last": 1}, 1, 12),
+        (WEIGHTS_AT_THE_END, 1, 4),
+        ({**WEIGHTS_AT_THE_END, "checkpoint.export_dtype": "bfloat16"}, 1, 2),
+    ],
+    ids=str,
+)
+def test_room_is_asked_for_what_will_be_written(tmp_path, monkeypatch, fields, held, each):
+    asked = []
+    monkeypatch.setattr(loop.workdirs, "check_room", lambda *args: asked.append(args))
+    train(tmp_path, fields)
+    _, size, upcoming, keep_last, keep_every = asked[0]
+    assert workdirs._most_held(upcoming, keep_last, keep_every) == held
+    assert round(size / flops.parameters(flux.flavor("flux-tiny"))) == each
+
+
+def test_a_checkpoint_that_another_run_saved_meanwhile_is_not_gone_back_behind(tmp_path, monkeypatch):
+    train(tmp_path)
+    begin = loop.begin
+
+    def late(*args):
+        monkeypatch.setattr(loop.checkpoint, "latest", lambda workdir: 5)
+        return begin(*args)
+
+    monkeypatch.setattr(loop, "begin", late)
+    before = tiny_run.snapshot(tmp_path)
+    with pytest.raises(UserError, match="another run saved a checkpoint there meanwhile; start again"):
+        train(tmp_path, {"train.steps": 6})
+    assert tiny_run.snapshot(tmp_path) == before
+
+
 def test_validation_takes_no_part_in_training(tmp_path):
     plain = train(tmp_path / "plain")
     busy = {"validate.every": 1, "validate.samples": 4, "sample.every": 1, "sample.steps": 1, "validate.images": 1}
