@@ -33,10 +33,9 @@ def main(argv: list[str]) -> None:
     from flux_func.train import loop
 
     stop, device = cli.stop_requested(), cli.choose_device(flags.FLAGS.device)
-    config = flags.FLAGS.config
-    memory.keep_freed("cpu" if config.parallel.offload else device.type)
+    memory.keep_freed(device.type)
     processes.start(device)
-    loop.train(config, os.path.abspath(flags.FLAGS.workdir), device, stop)
+    loop.train(flags.FLAGS.config, os.path.abspath(flags.FLAGS.workdir), device, stop)
     processes.stop()
 
 

@@ -254,7 +254,7 @@ def inputs(cfg: flux.FluxConfig, batch: Batch, given: Tensor | None, name: str) 
 
 def run(params: Params, cfg: flux.FluxConfig, carry: dict, const: dict, ops: Ops) -> Tensor:
     """Returns the model's output as patches [B, N, C], in float32 or wider."""
-    flux.check_params(params, cfg)
+    flux.check_params(params, cfg, ops)
     out = flux.fold(flux.chain(cfg), params, carry, const, ops)["img"]
     return out.to(at_least_float32(out.dtype))
 

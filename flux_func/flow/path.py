@@ -110,6 +110,6 @@ def loss(
       ValueError: parameters of another model, a batch that lacks something, or shapes that do not fit the model or
         each other.
     """
-    flux.check_params(params, cfg)
+    flux.check_params(params, cfg, ops)
     carry, const = inputs(cfg, batch, denominator)
     return flux.fold(chain(cfg), params, carry, const, ops)["loss"]

@@ -15,7 +15,7 @@ def keep_freed(device_type: str) -> None:
     return what it loaded. Where the C library is not glibc, or tensors are another's (jemalloc), nothing changes.
 
     Args:
-      device_type: "cpu" or "cuda": where gradients come to be in each step.
+      device_type: "cpu" or "cuda".
     """
     if device_type != "cpu":
         return

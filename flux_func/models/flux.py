@@ -287,12 +287,12 @@ def bind(stage: Stage, ops: Ops) -> Callable[[Params, dict, dict], dict]:
     return ops.wrap_stage(functools.partial(stage.fn, ops=ops), stage)
 
 
-def check_params(params: Params, cfg: FluxConfig, parts: bool = False) -> None:
+def check_params(params: Params, cfg: FluxConfig, ops: Ops = Ops()) -> None:
     """Checks that a tree is of this model: its blocks, its guidance embedding and the shapes, of one block of a kind.
 
     Args:
       params, cfg: the tree and the model. Leaves of other names, such as a LoRA's, are not looked at.
-      parts: whether leaves may be parts, of several processes; then shapes say nothing.
+      ops: how stages are done. Where it wraps them leaves may be parts, gathered there, and shapes say nothing.
 
     Raises:
       ValueError: it is of another one.
@@ -307,7 +307,7 @@ def check_params(params: Params, cfg: FluxConfig, parts: bool = False) -> None:
     for name, value in found.items():
         if value != getattr(cfg, name):
             raise ValueError(f"params are of a model whose {name} is {value}, cfg's is {getattr(cfg, name)}")
-    if parts or torch.compiler.is_compiling():
+    if ops.wrap_stage is not Ops.wrap_stage or torch.compiler.is_compiling():
         return
     first = {key: value[:1] if key in tree.LISTS else value for key, value in params.items()}
     shapes, expected = {path: tuple(leaf.shape) for path, leaf in tree.flatten(first).items()}, _shapes(cfg)
@@ -394,7 +394,7 @@ def apply(
       ValueError: parameters of another model, a shape that does not fit, or guidance where the model takes none or the
         other way round.
     """
-    check_params(params, cfg)
+    check_params(params, cfg, ops)
     carry, const = inputs(
         cfg, img=img, img_ids=img_ids, txt=txt, txt_ids=txt_ids, timesteps=timesteps, y=y, guidance=guidance
     )

@@ -200,7 +200,9 @@ def grad_and_value(
         do not fit.
     """
     visiting, pulls = visit(remat, vjp), []
-    flux.check_params(params, cfg, parts=sharding is not ONE_PROCESS)
+    # What is of several processes its state was built for, by this very cfg.
+    if sharding is ONE_PROCESS:
+        flux.check_params(params, cfg, ops)
     if isinstance(remat, frozenset):
         selective.check(remat, cfg)
     carry, const = sharding.split(*path.inputs(cfg, batch, denominator))

@@ -275,25 +275,24 @@ def _schedules(problem: Problem, folder: Path, theirs: dict[str, Tensor]) -> Ite
 # The autoencoder and the text encoders.
 
 
-# oneDNN chooses how to convolve by processor and number of threads. Its faster ways are 2e-6 from float64, where plain
-# sums in float32 are 7e-7, and two ways as far from each other: so neither side convolves by it.
+# In float64: how it is convolved in float32 depends on the processor, and ways differ by 2e-6, as would a small fault.
 @torch.no_grad()
-@torch.backends.mkldnn.flags(enabled=False, allow_tf32=False)
 def _autoencoder(problem: Problem, folder: Path, end: Tensor | None, out: Comparison) -> None:
-    params, cfg = problem.autoencoder_params, problem.autoencoder_cfg
+    params, cfg = tree.map(Tensor.double, problem.autoencoder_params), problem.autoencoder_cfg
     inputs, theirs = (read(folder, "autoencoder", problem.device) for read in (exchange.inputs, exchange.answers))
+    inputs = {name: value.double() for name, value in inputs.items()}
     latents = inputs["latents"] if end is None else exchange.answers(folder, "sampler", problem.device)["latents"][:1]
     mean = autoencoder.encode(params, cfg, inputs["images"])
     drawn = autoencoder.encode(params, cfg, inputs["corner"], theirs["noise"])
-    decoded = autoencoder.decode(params, cfg, latents)
+    decoded = autoencoder.decode(params, cfg, latents.double())
     out.rows += [
         relative_row("autoencoder", "encode, mean", mean, theirs["mean"], "encode"),
         relative_row("autoencoder", "encode, drawn", drawn, theirs["draw"], "encode"),
         relative_row("autoencoder", "decode", decoded, theirs["decoded"], "decode"),
     ]
     if end is not None:
-        images = {"ours": autoencoder.decode(params, cfg, end[:1]), "theirs": theirs["decoded"]}
-        out.images |= {name: image[0].cpu() for name, image in images.items()}
+        images = {"ours": autoencoder.decode(params, cfg, end[:1].double()), "theirs": theirs["decoded"]}
+        out.images |= {name: image[0].float().cpu() for name, image in images.items()}
         difference = (images["ours"].clamp(-1, 1) - images["theirs"].clamp(-1, 1)).abs().max().item() / 2
         out.rows.append(Row("image", "at the end", "largest difference", difference, BOUNDS["image"]))
 

@@ -81,7 +81,7 @@ def token_saliency(
     Raises:
       ValueError: parameters of another model, or shapes that do not fit.
     """
-    flux.check_params(params, cfg)
+    flux.check_params(params, cfg, ops)
     carry, const = path.inputs(cfg, batch)
     chosen = {name: carry[name] for name in ("txt", "img", "y")}
 
@@ -128,7 +128,7 @@ def prompt_sensitivity(
     Raises:
       ValueError: a direction of something else, or that does not fit; parameters of another model.
     """
-    flux.check_params(params, cfg)
+    flux.check_params(params, cfg, ops)
     carry, const = path.inputs(cfg, batch)
     if not direction or set(direction) - {"txt", "y"}:
         raise ValueError(f"direction is of {sorted(direction)}, it should be of 'txt', 'y' or both")
@@ -257,7 +257,7 @@ def attention_maps(
       ValueError: a stage that has no attention or does not exist, parameters of another model, or shapes that do not
         fit.
     """
-    flux.check_params(params, cfg)
+    flux.check_params(params, cfg, ops)
     carry, const = path.inputs(cfg, batch)
     stages = flux.chain(cfg)
     places = {found.name: place for place, found in enumerate(stages) if found.index is not None}

@@ -174,17 +174,19 @@ def trajectory(reference: ModuleType, model: torch.nn.Module, settings: dict, in
 
 
 @torch.no_grad()
-@torch.backends.mkldnn.flags(enabled=False, allow_tf32=False)  # as flux_func/parity/compare.py says
 def autoencoder(reference: ModuleType, request: dict, folder: Path, inputs: Tensors, say: Callable) -> Tensors:
-    """Both directions, back from the first of the trajectory's ends, if any; a draw, with the noise that was drawn."""
+    """Both directions, back from the first of the trajectory's ends, if any; a draw, with the noise that was drawn.
+
+    In float64, as flux_func/parity/compare.py says.
+    """
     model = build(
         lambda: reference.autoencoder(request["autoencoder"]),
         folder / "autoencoder.safetensors",
         request["device"],
-    )
+    ).double()
     say("autoencoder")
-    answers = {"mean": reference.encode(model, inputs["images"], draw=False)}
-    corner = inputs["corner"]
+    answers = {"mean": reference.encode(model, inputs["images"].double(), draw=False)}
+    corner = inputs["corner"].double()
     torch.manual_seed(request["seed"])
     answers["noise"] = torch.randn_like(reference.encode(model, corner, draw=False))
     torch.manual_seed(request["seed"])
@@ -192,7 +194,7 @@ def autoencoder(reference: ModuleType, request: dict, folder: Path, inputs: Tens
     latents = inputs["latents"]
     if "sampler" in request["parts"]:
         latents = load_file(folder / "sampler.answers.safetensors", device=request["device"])["latents"][:1]
-    answers["decoded"] = reference.decode(model, latents)
+    answers["decoded"] = reference.decode(model, latents.double())
     return answers
 
 
