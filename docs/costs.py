@@ -8,6 +8,7 @@ on either side.
 """
 
 import dataclasses
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -150,6 +151,7 @@ def measure(row: Row, rounds: int) -> tuple[float, float]:
 
 def peak_bytes(run: Run) -> int:
     """Returns the most bytes that were allocated at once while `run` ran."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch 2.13 would log that a profile starts and stops
     with torch.profiler.profile(profile_memory=True) as profile:
         result = run()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -4,6 +4,7 @@ A script of the gallery is a function `picture(digits)` that returns a matplotli
 program of its own, and build.py draws them all. `show` is for rows of images, `memory` for what a call allocates.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -113,6 +114,7 @@ def show(rows: dict[str, np.ndarray], title: str) -> Figure:
 
 def memory(run: Callable[[], object]) -> tuple[np.ndarray, np.ndarray]:
     """Returns (seconds since the first, MiB allocated since then) at every allocation and release while `run` runs."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch 2.13 would log that a profile starts and stops
     with torch.profiler.profile(profile_memory=True) as profile:
         result = run()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
