@@ -4,6 +4,7 @@ A file of `configs/` starts from `default()` and states only what differs. Any f
 line (`--config.train.steps=20`); the tree is locked, so a mistyped field is an error that names the nearest one.
 """
 
+import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -17,32 +18,29 @@ from flux_func.errors import UserError
 # Fields that are None unless they are set, and their types.
 OPTIONAL = {"model.guidance_embed": bool, "model.qk_norm_eps": float}
 
-
-def default() -> ml_collections.ConfigDict:
-    """Returns the configuration that every config file starts from."""
-    config = ml_collections.ConfigDict()
-    config.model = dict(
+DEFAULTS = dict(
+    model=dict(
         flavor="flux-debug",  # one of flux_func.FLAVORS; "": the shape of model.weights, whatever it is
         weights="",  # what to start from: a file or folder of any format, a pipeline, a workdir; "": from scratch
         init="pretrain",  # from scratch; "nonzero": gates, modulations and the final layer random too
-        guidance_embed=config_dict.placeholder(OPTIONAL["model.guidance_embed"]),  # None: as the weights or flavor say
-        qk_norm_eps=config_dict.placeholder(OPTIONAL["model.qk_norm_eps"]),  # None: as they say; torchtitan's is 1e-5
-    )
-    config.autoencoder = dict(
+        guidance_embed=None,  # None: as the weights or flavor say
+        qk_norm_eps=None,  # None: as they say; torchtitan's is 1e-5
+    ),
+    autoencoder=dict(
         kind="dct",  # "dct": fixed block transform, no weights; "kl": FLUX's own
         path="",  # kl: its ae.safetensors, a vae folder of diffusers, or a pipeline that has one
         random_init=False,  # kl: random weights where there is no path, to try a set-up out
         sample=True,  # kl: train on a draw from the posterior (False: on its mean)
-    )
-    config.text = dict(
+    ),
+    text=dict(
         kind="hash",  # "hash": words hashed to embeddings, no weights; "hf": T5 and CLIP of transformers
         path="",  # hf: a folder with text_encoder, text_encoder_2, tokenizer and tokenizer_2, as diffusers lays it out
         t5="",  # hf: T5 and its tokenizer from a folder, or a name in the hub's cache, of their own
         clip="",  # hf: CLIP and its tokenizer likewise
         random_init=False,  # hf: random weights from the folder's config.json files
         max_length=256,  # tokens of the T5 sequence: 512 for dev, 256 for schnell
-    )
-    config.data = dict(
+    ),
+    data=dict(
         source="digits",  # "digits": scikit-learn's; "wds": WebDataset tars; "folder": images with .txt; "hf": datasets
         path="",  # wds: a tar or a glob of tars; folder: a directory; hf: a save_to_disk directory or a hub name
         split="train",  # what to train on; the rest is validate.split
@@ -54,8 +52,8 @@ def default() -> ml_collections.ConfigDict:
         crop="random",  # "random" or "center", along the longer side
         prompt_dropout=0.1,  # probability of an empty caption, drawn for T5 and CLIP independently
         workers=0,  # processes that read and decode; 0: threads of this one
-    )
-    config.train = dict(
+    ),
+    train=dict(
         steps=10,  # optimizer steps in the whole run
         batch_size=2,  # samples per step, over all processes and micro-batches
         accumulate=1,  # micro-batches per step
@@ -63,8 +61,8 @@ def default() -> ml_collections.ConfigDict:
         timesteps="uniform",  # "uniform", "logit_normal", "mode" (SD3) or "stratified" (a stratum of [0, 1] a sample)
         shift=False,  # shift the training timesteps by resolution, as the sampler does
         guidance=3.5,  # what a model with a guidance embedding is told; tune distilled dev at 1 (flux_dev_finetune.py)
-    )
-    config.optimizer = dict(
+    ),
+    optimizer=dict(
         name="adamw",  # "adamw", or the name of any class of torch.optim
         lr=1e-4,  # after warm-up
         betas=(0.9, 0.95),  # adamw
@@ -77,8 +75,8 @@ def default() -> ml_collections.ConfigDict:
         decay_steps=0,  # step at which a decaying schedule ends; 0: train.steps, so that more steps stretch it
         final_lr_fraction=0.0,  # of lr, where a decaying schedule ends
         clip_norm=1.0,  # largest global norm of the gradients; 0: not clipped
-    )
-    config.parallel = dict(
+    ),
+    parallel=dict(
         replicate=1,  # groups of processes with the same parameters (HSDP, DDP); -1: what is left
         shard=-1,  # processes that parameters, moments and the batch are split over (FSDP); -1: what is left
         context=1,  # processes that each sample's sequence is split over, and parameters too; -1: what is left
@@ -93,32 +91,32 @@ def default() -> ml_collections.ConfigDict:
         batch=(("*", {"replicate": 0, "shard": 0}),),
         activations=(("rope", {"context": 2}), ("*", {"context": 1})),
         text_encoder=(("*", {"shard": 0, "context": 0}),),  # T5's weights
-    )
-    config.remat = dict(
+    ),
+    remat=dict(
         policy="none",  # "full": keep each stage's input alone, and compute it again in the backward pass; "selective"
         keep=("attention",),  # selective: results kept too, such as "double_blocks.*_mlp.0" or "single_blocks.linear2"
-    )
-    config.kernels = dict(attention="")  # "flash", "flash3", "cudnn", "efficient" or "math"; "": the one torch takes
-    config.compile = dict(
+    ),
+    kernels=dict(attention=""),  # "flash", "flash3", "cudnn", "efficient" or "math"; "": the one torch takes
+    compile=dict(
         enabled=False,  # compile each kind of stage in the training step: the first steps take minutes, the others less
         backend="inductor",  # of torch.compile: "inductor", or "aot_eager" to try out what compiles
         mode="",  # inductor's: "max-autotune", "reduce-overhead" (CUDA graphs), ...; "": its default
-    )
-    config.numerics = dict(
+    ),
+    numerics=dict(
         param="float32",  # type of parameters: "float32" or "bfloat16"
         rounding="stochastic",  # of updates in bfloat16; "nearest" loses those below 1/256 of a parameter
         compute="float32",  # type that parameters are cast to before each stage: "float32" or "bfloat16"
         reduce="float32",  # type that gradients are added up in, over micro-batches and processes
         linear="",  # products, by torchao: "float8_tensorwise", "float8_rowwise" or "mxfp8"; "": in numerics.compute
         patterns=("double_blocks.*_attn.*", "double_blocks.*_mlp.*", "single_blocks.linear?"),  # linears that it is for
-    )
-    config.lora = dict(
+    ),
+    lora=dict(
         rank=0,  # of what is added to linears' weights and trained in their place; 0: the weights are trained
         alpha=0.0,  # it is scaled by alpha / rank; 0: the rank, for a scale of 1
         patterns=("double_blocks.*", "single_blocks.*"),  # of the linears: "*_attn.qkv", "single_blocks.*.linear1"
-    )
-    config.ema = dict(decay=0.0)  # of the averaged weights; 0: none are kept
-    config.validate = dict(
+    ),
+    ema=dict(decay=0.0),  # of the averaged weights; 0: none are kept
+    validate=dict(
         every=0,  # steps; 0: never
         split="validation",  # "validation" or "train"
         samples=64,  # samples per validation
@@ -126,8 +124,8 @@ def default() -> ml_collections.ConfigDict:
         all_timesteps=False,  # each sample at all 8 timesteps; False: at one of them in turn
         convention="start",  # t = i/8 ("start") or (i + 1/2)/8 ("middle"), i = 0..7
         images=0,  # images drawn from the split's own captions after each validation
-    )
-    config.sample = dict(
+    ),
+    sample=dict(
         every=0,  # steps; 0: never
         prompts=(),  # captions of the grid; none: the first of the validation split
         steps=20,  # Euler steps
@@ -135,21 +133,30 @@ def default() -> ml_collections.ConfigDict:
         cfg_scale=1.0,  # classifier-free guidance; 1: none
         shift=True,  # resolution-dependent shift of the schedule
         seed=0,  # of the noise
-    )
-    config.checkpoint = dict(
+    ),
+    checkpoint=dict(
         every=0,  # steps; 0: at the end alone
         keep_last=2,  # checkpoints kept; 0: all
         keep_every=0,  # steps whose multiples are kept for good; 0: none
         last_weights_only=False,  # the last checkpoint without moments: not for resuming
         export_dtype="",  # type of the weights in a weights-only checkpoint, such as "bfloat16"; "": numerics.param
-    )
-    config.log = dict(every=1)  # steps between lines of metrics; 0: none but the last
-    config.metrics = dict(
+    ),
+    log=dict(every=1),  # steps between lines of metrics; 0: none but the last
+    metrics=dict(
         peak_tflops=0.0,  # the device's peak, for MFU; 0: MFU is not reported
         tensorboard=True,  # event files in the workdir
         wandb="",  # project of Weights & Biases; "": not used
-    )
-    config.profile = dict(steps=0)  # steps to trace, after the first two; 0: none (docs/profiling.md)
+    ),
+    profile=dict(steps=0),  # steps to trace, after the first two; 0: none (docs/profiling.md)
+)
+
+
+def default() -> ml_collections.ConfigDict:
+    """Returns the configuration that every config file starts from."""
+    config = ml_collections.ConfigDict(copy.deepcopy(DEFAULTS))
+    for field, kind in OPTIONAL.items():
+        group, name = field.split(".")
+        config[group][name] = config_dict.placeholder(kind)
     return config.lock()
 
 

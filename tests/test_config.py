@@ -157,7 +157,9 @@ def test_a_field_that_would_be_ignored_is_named(fields, said):
 def test_what_may_be_left_out_or_set_together(fields):
     config = configs.default()
     config.update_from_flattened_dict(fields)
+    before = config.to_dict()
     configs.validate(config)
+    assert config.to_dict() == before
 
 
 @pytest.mark.parametrize(

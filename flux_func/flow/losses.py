@@ -22,6 +22,7 @@ from flux_func import tree
 from flux_func.flow import path
 from flux_func.models import flux
 from flux_func.models.layers import Ops, Params, at_least_float32
+from flux_func.models.stages import fold
 
 Batch = Mapping[str, Tensor]
 
@@ -255,7 +256,7 @@ def inputs(cfg: flux.FluxConfig, batch: Batch, given: Tensor | None, name: str) 
 def run(params: Params, cfg: flux.FluxConfig, carry: dict, const: dict, ops: Ops) -> Tensor:
     """Returns the model's output as patches [B, N, C], in float32 or wider."""
     flux.check_params(params, cfg, ops)
-    out = flux.fold(flux.chain(cfg), params, carry, const, ops)["img"]
+    out = fold(flux.chain(cfg), params, carry, const, ops)["img"]
     return out.to(at_least_float32(out.dtype))
 
 

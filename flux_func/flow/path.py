@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flux_func.models import flux
 from flux_func.models.layers import Ops, Params, at_least_float32
+from flux_func.models.stages import Stage, fold
 
 
 def interpolate(latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -46,9 +47,9 @@ def squared_error(params: Params, carry: dict, const: dict, ops: Ops) -> dict:
     return {"loss": (carry["img"].to(wide) - const["target"].to(wide)).square().sum() / const["denominator"]}
 
 
-def chain(cfg: flux.FluxConfig) -> tuple[flux.Stage, ...]:
+def chain(cfg: flux.FluxConfig) -> tuple[Stage, ...]:
     """Returns the model's stages and, after them, the loss."""
-    return (*flux.chain(cfg), flux.Stage("loss", "loss", (), None, squared_error))
+    return (*flux.chain(cfg), Stage("loss", "loss", (), None, squared_error))
 
 
 def check_batch(batch: Mapping[str, Tensor]) -> None:
@@ -112,4 +113,4 @@ def loss(
     """
     flux.check_params(params, cfg, ops)
     carry, const = inputs(cfg, batch, denominator)
-    return flux.fold(chain(cfg), params, carry, const, ops)["loss"]
+    return fold(chain(cfg), params, carry, const, ops)["loss"]

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor
 from flux_func import random, tree
 from flux_func.models import blocks, layers
 from flux_func.models.layers import Ops, Params
+from flux_func.models.stages import Stage, fold
 
 
 @dataclass(frozen=True)
@@ -217,45 +218,6 @@ def _draw(leaf: Leaf, seed: int, purpose: str, scheme: str, first: int, last: in
 # The chain.
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A pure function of (params, carry, const), and where its parameters are in the tree.
-
-    Attributes:
-      name: its place, such as "double_blocks.3"; the stages without a block are "stem", "join" and "head".
-      kind: what it shares code with, such as "double_block".
-      keys: the tree's top-level names that it owns; none for a stage without parameters.
-      index: its place in the list, where its key is a list.
-      fn: `(params, carry, const, ops) -> carry`.
-    """
-
-    name: str
-    kind: str
-    keys: tuple[str, ...]
-    index: int | None
-    fn: Callable[[Params, dict, dict, Ops], dict]
-
-    def select(self, params: Params) -> Params:
-        """Returns this stage's part of a tree shaped as the parameters."""
-        if self.index is not None:
-            return params[self.keys[0]][self.index]
-        return {key: params[key] for key in self.keys}
-
-    def place(self, params: Params, part: Params) -> None:
-        """Puts this stage's part into a tree that is being assembled: `select`'s inverse.
-
-        Raises:
-          ValueError: a block out of the stages' order, which would get another one's place.
-        """
-        if self.index is None:
-            params.update(part)
-            return
-        blocks = params.setdefault(self.keys[0], [])
-        if len(blocks) != self.index:
-            raise ValueError(f"{self.name} should be placed in stage order, there are {len(blocks)} blocks yet")
-        blocks.append(part)
-
-
 def chain(cfg: FluxConfig) -> tuple[Stage, ...]:
     """Returns the model's stages in the order of the forward pass."""
     stem_keys = ("img_in", "txt_in", "time_in", "vector_in") + (("guidance_in",) if cfg.guidance_embed else ())
@@ -273,18 +235,6 @@ def chain(cfg: FluxConfig) -> tuple[Stage, ...]:
         *(block("single_blocks", i, fn) for i, fn in enumerate(singles)),
         Stage("head", "head", ("final_layer",), None, blocks.head),
     )
-
-
-def fold(stages: Sequence[Stage], params: Params, carry: dict, const: dict, ops: Ops) -> dict:
-    """Returns the carry after all stages: the forward pass."""
-    for stage in stages:
-        carry = bind(stage, ops)(stage.select(params), carry, const)
-    return carry
-
-
-def bind(stage: Stage, ops: Ops) -> Callable[[Params, dict, dict], dict]:
-    """Returns the stage as `(params, carry, const) -> carry`, done with `ops`."""
-    return ops.wrap_stage(functools.partial(stage.fn, ops=ops), stage)
 
 
 def check_params(params: Params, cfg: FluxConfig, ops: Ops = Ops()) -> None:

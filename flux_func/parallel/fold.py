@@ -21,6 +21,7 @@ from flux_func import tree
 from flux_func.flow import path
 from flux_func.models import flux
 from flux_func.models.layers import Ops, Params
+from flux_func.models.stages import Stage, bind
 from flux_func.parallel.sharding import ONE_PROCESS, Reduction, Sharding, Stream
 from flux_func.parallel.timeline import phase
 from flux_func.transforms import selective
@@ -237,10 +238,10 @@ class _Gradients:
 
     def __init__(self, sharding: Sharding, into: Params | None, last: bool):
         self._sharding, self._into, self._last = sharding, into, last
-        self._running: deque[tuple[flux.Stage, Reduction]] = deque()
-        self._parts: list[tuple[flux.Stage, Params]] = []
+        self._running: deque[tuple[Stage, Reduction]] = deque()
+        self._parts: list[tuple[Stage, Params]] = []
 
-    def add(self, stage: flux.Stage, part: Params) -> None:
+    def add(self, stage: Stage, part: Params) -> None:
         """Takes a stage's gradients; the sums under way go one step on."""
         part = self._sharding.to_reduce(part)
         if self._into is not None:
@@ -271,9 +272,9 @@ class _Gradients:
                 self._parts.append((stage, done.value))
 
 
-def units(stages: Sequence[flux.Stage]) -> list[list[flux.Stage]]:
+def units(stages: Sequence[Stage]) -> list[list[Stage]]:
     """Groups each stage with those without parameters after it: alone they would only keep their input alive."""
-    grouped: list[list[flux.Stage]] = []
+    grouped: list[list[Stage]] = []
     for stage in stages:
         if stage.keys:
             grouped.append([stage])
@@ -282,10 +283,10 @@ def units(stages: Sequence[flux.Stage]) -> list[list[flux.Stage]]:
     return grouped
 
 
-def run_unit(unit: list[flux.Stage], part: Params, carry: dict, *, ops: Ops, const: dict) -> dict:
+def run_unit(unit: list[Stage], part: Params, carry: dict, *, ops: Ops, const: dict) -> dict:
     """Returns the carry after a unit, of whose stages the first has the parameters `part`."""
     for stage in unit:
-        carry = flux.bind(stage, ops)(part if stage.keys else {}, carry, const)
+        carry = bind(stage, ops)(part if stage.keys else {}, carry, const)
     return carry
 
 

@@ -12,6 +12,7 @@ from flux_func import tree
 from flux_func.flow import path, sampler, timesteps
 from flux_func.models import autoencoder, flux, layers, text
 from flux_func.models.layers import Ops, Params
+from flux_func.models.stages import Stage, bind
 from flux_func.models.text import TextConfig
 from flux_func.parallel import fold
 from flux_func.parity import exchange
@@ -142,7 +143,7 @@ def _stages(problem: Problem, params: Params, arguments: dict, theirs: dict[str,
     rows = []
     for stage, after in zip(chain, (*chain[1:], None), strict=True):
         expected = {"img": theirs["forward"]} if after is None else _before(theirs, after.name, const["text_length"])
-        ours = flux.bind(stage, Ops())(stage.select(params), carry, const)
+        ours = bind(stage, Ops())(stage.select(params), carry, const)
         errors = {name: relative(ours[name], value) for name, value in expected.items()}
         where, bound = worst(errors), BOUNDS["join" if stage.name == "join" else "stage"]
         rows.append(Row("stages", stage.name, "relative", errors[where], bound, where, stage.name))
@@ -209,7 +210,7 @@ def _sampler(problem: Problem, params: Params, folder: Path, out: Comparison) ->
     states: list[Tensor] = []
     told: list[Tensor] = []
 
-    def watch(fn: Callable, stage: flux.Stage) -> Callable:
+    def watch(fn: Callable, stage: Stage) -> Callable:
         def watched(params: Params, carry: dict, const: dict) -> dict:
             # A last bit of t turns 1000 t by 6e-5, which would hide the loop's own errors: what is told has a row.
             time = theirs["times"][len(states)]

@@ -11,6 +11,7 @@ from flux_func import tree
 from flux_func.flow import path
 from flux_func.models import flux
 from flux_func.models.layers import Ops, Params
+from flux_func.models.stages import Stage
 from flux_func.parallel import fold
 from flux_func.parallel.sharding import ONE_PROCESS, Sharding
 from flux_func.plan.meter import Cost, Meter
@@ -68,12 +69,12 @@ class Costs:
     base: dict[str, Moving] = field(default_factory=dict)
 
 
-def units(cfg: flux.FluxConfig) -> dict[str, list[flux.Stage]]:
+def units(cfg: flux.FluxConfig) -> dict[str, list[Stage]]:
     """Returns {name of its first stage: unit} of what the fold visits, in order."""
     return {unit[0].name: unit for unit in fold.units(path.chain(cfg))}
 
 
-def kind(unit: list[flux.Stage], params: Params) -> Kind:
+def kind(unit: list[Stage], params: Params) -> Kind:
     """Returns what units have in common that take the same; a LoRA may have more of one than of another.
 
     Args:
@@ -159,7 +160,7 @@ def _over(base: Any, ops: Ops) -> tuple[Ops, fold.Vjp]:
     return replace(base, params=params, sharding=ONE_PROCESS).training(ops)
 
 
-def _whole(stage: flux.Stage, sharding: Sharding, device: str = "cpu") -> Params:
+def _whole(stage: Stage, sharding: Sharding, device: str = "cpu") -> Params:
     """Returns a stage's whole parameters, or gradients, in the type they are computed in."""
     places = stage.select(sharding.params)
     return tree.map(
@@ -167,7 +168,7 @@ def _whole(stage: flux.Stage, sharding: Sharding, device: str = "cpu") -> Params
     )
 
 
-def _moving(sharding: Sharding, stage: flux.Stage, params: Params, meter: Meter) -> tuple[Moving, bool]:
+def _moving(sharding: Sharding, stage: Stage, params: Params, meter: Meter) -> tuple[Moving, bool]:
     start, finished, whole = _gathered(sharding, stage, params, meter)
     computed = _whole(stage, sharding, "meta")
     grads, cast = meter.cost(sharding.to_reduce, computed)
@@ -181,7 +182,7 @@ def _add(grads: Params) -> None:
         torch._foreach_add_(tree.leaves(grads), tree.leaves(grads))
 
 
-def _gathered(sharding: Sharding, stage: flux.Stage, params: Params, meter: Meter) -> tuple[Cost, Cost, int]:
+def _gathered(sharding: Sharding, stage: Stage, params: Params, meter: Meter) -> tuple[Cost, Cost, int]:
     """Returns what the two halves of a stage's gather take, and the bytes of the whole."""
     finish, start = meter.cost(sharding.start_gather, stage.select, params)
     gathered, finished = meter.cost(finish)
@@ -189,7 +190,7 @@ def _gathered(sharding: Sharding, stage: flux.Stage, params: Params, meter: Mete
     return start, replace(finished, kept=whole - start.kept), whole
 
 
-def _reduction(sharding: Sharding, stage: flux.Stage, grads: Params, meter: Meter) -> tuple[tuple[Cost, ...], bool]:
+def _reduction(sharding: Sharding, stage: Stage, grads: Params, meter: Meter) -> tuple[tuple[Cost, ...], bool]:
     """Returns what each step takes, and whether the gradients themselves come back."""
     reduction, steps, ended = sharding.reduction(stage.select, grads), [], []
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from flux_func import tree
 from flux_func.models import flux
 from flux_func.models.layers import Params
+from flux_func.models.stages import Stage
 from flux_func.parallel import fold
 from flux_func.parallel.sharding import Reduction, Select, Sharding
 
@@ -117,7 +118,7 @@ class Recorder(Sharding):
 
 def _over(base: Any, keep: bool, recorder: Recorder, fn: Callable, whole: _Whole, *carry: tree.Tree) -> tuple:
     """`recorder.vjp` as it is over a LoRA: it visits the weights under it, and keeps its own part or computes again."""
-    stage, kept = flux.Stage(whole.stage, "", (), None, fn), whole if keep else None
+    stage, kept = Stage(whole.stage, "", (), None, fn), whole if keep else None
     base.take(stage)
     out, inner = recorder.vjp(fn, whole, *carry)
 

@@ -22,6 +22,7 @@ from flux_func.errors import UserError
 from flux_func.interop.stored import Stored
 from flux_func.models import flux
 from flux_func.models.layers import Ops, Params
+from flux_func.models.stages import Stage
 from flux_func.parallel import fold, placements
 from flux_func.parallel.mesh import Mesh
 from flux_func.parallel.sharding import Sharding, Stream
@@ -52,7 +53,7 @@ class Base:
         turn = self.turn()
         added = lora.over(turn.take, ops)
 
-        def wrap_stage(fn: Callable, stage: flux.Stage) -> Callable:
+        def wrap_stage(fn: Callable, stage: Stage) -> Callable:
             wrapped = added.wrap_stage(fn, stage)
             return _lent(wrapped, functools.partial(turn.take, stage)) if stage.keys else wrapped
 
@@ -74,7 +75,7 @@ class Turn:
         self._names = iter([stage.name for stage in (*stages, *reversed(stages[:-1]))])
         self._name, self._part = "", None
 
-    def take(self, stage: flux.Stage) -> Params:
+    def take(self, stage: Stage) -> Params:
         """Returns a stage's part of the base, held until another stage's is taken."""
         while self._name != stage.name:
             self._name, self._part = next(self._names), None

@@ -12,6 +12,7 @@ from flux_func import random, tree
 from flux_func.flow import sampler
 from flux_func.models import flux
 from flux_func.models.layers import Ops, Params
+from flux_func.models.stages import Stage
 from flux_func.parallel.mesh import ONE, Mesh
 from flux_func.parallel.sharding import ONE_PROCESS, Sharding, gathering
 from flux_func.train.encoders import LATENT_CHANNELS, PIXELS_PER_LATENT, Encoders
@@ -146,7 +147,7 @@ def to_first(images: Sequence[Tensor], prompts: int, mesh: Mesh = ONE) -> Tensor
 def _ticking(ops: Ops, tick: Callable[[], object]) -> Ops:
     """Returns `ops` that call `tick` whenever the model's last stage is done."""
 
-    def wrap_stage(fn: Callable, stage: flux.Stage) -> Callable:
+    def wrap_stage(fn: Callable, stage: Stage) -> Callable:
         wrapped = ops.wrap_stage(fn, stage)
         if stage.kind != "head":
             return wrapped

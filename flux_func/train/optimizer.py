@@ -23,6 +23,7 @@ from flux_func import tree
 from flux_func.errors import UserError
 from flux_func.parallel.placements import Span
 from flux_func.train import moments as formats
+from flux_func.train.stateless import Stateless
 from flux_func.transforms.norms import global_norm
 from flux_func.tree import Tree
 
@@ -124,41 +125,10 @@ def from_torch(cls: type[torch.optim.Optimizer], lr: float | Schedule, **options
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(f"{cls.__name__} needs a closure that computes the loss again, which a pair cannot give it")
 
-    on_device = bool(options.get("capturable") or options.get("fused"))
-
-    def home(leaf: Tensor) -> Tensor:
-        counts = leaf.ndim == 0 and not (on_device and leaf.is_floating_point())
-        return leaf.cpu() if counts else leaf
-
-    def build(leaves: list[Tensor], grads: list[Tensor], rate: float) -> tuple[torch.optim.Optimizer, list[Tensor]]:
-        # Aliases, so that neither .grad nor anything else is left on the caller's tensors.
-        aliases = [leaf.detach() for leaf in leaves]
-        for alias, grad in zip(aliases, grads, strict=True):
-            alias.grad = grad
-        return cls(aliases, lr=rate, **options), aliases
-
-    def forms(leaf: Tensor) -> dict[str, tuple]:
-        """Returns {name: (shape, type, device)} of what the class keeps for such a leaf: a step on zeros shows it."""
-        zeros = torch.zeros_like(leaf, device="cpu" if leaf.is_meta else None)
-        optimizer, [alias] = build([zeros], [zeros.clone()], 1e-3)
-        optimizer.step()
-        kept = {name: value for name, value in optimizer.state[alias].items() if value is not None}
-        for name, value in kept.items():
-            if not isinstance(value, Tensor):
-                raise ValueError(f"{cls.__name__} keeps {name} as {type(value).__name__}, which is not a tensor")
-        return {name: (x.shape, x.dtype, "meta" if leaf.is_meta else x.device) for name, x in kept.items()}
+    stateless = Stateless(cls, options)
 
     def init(params: Tree) -> Tree:
-        known: dict[tuple, dict[str, tuple]] = {}
-
-        def kept(leaf: Tensor) -> dict[str, Tensor]:
-            kind = (leaf.shape, leaf.dtype, leaf.device)
-            if kind not in known:
-                known[kind] = forms(leaf)
-            of = known[kind].items()
-            return {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype, device) in of}
-
-        return {"state": tree.map(kept, _contiguous(params)), "step": torch.zeros((), dtype=torch.int64)}
+        return {"state": stateless.zeros(_contiguous(params)), "step": torch.zeros((), dtype=torch.int64)}
 
     @torch.no_grad()
     def update(
@@ -168,7 +138,7 @@ def from_torch(cls: type[torch.optim.Optimizer], lr: float | Schedule, **options
         if scale is not None:
             torch._foreach_mul_(tree.leaves(grads), scale)
         if state["step"].device.type != "cpu":  # restored with all else: each look at a count would wait for the device
-            state = tree.map(home, state)
+            state = tree.map(stateless.home, state)
         made = int(state["step"])
         rate = float(lr(made)) if callable(lr) else lr
         leaves, grads = tree.flatten(params), tree.flatten(_like(grads, params))
@@ -178,14 +148,8 @@ def from_torch(cls: type[torch.optim.Optimizer], lr: float | Schedule, **options
             kept[path][name] = value
         # The first step makes its state anew; leaf by leaf, so that it is never in memory twice.
         for paths in [list(leaves)] if made else [[path] for path in leaves]:
-            optimizer, aliases = build([leaves[path] for path in paths], [grads[path] for path in paths], rate)
-            if made:
-                optimizer.state.update({alias: dict(kept[path]) for path, alias in zip(paths, aliases, strict=True)})
-            optimizer.step()
-            for path, alias in zip(paths, aliases, strict=True):
-                for name, value in kept[path].items():
-                    if optimizer.state[alias][name] is not value:
-                        value.copy_(optimizer.state[alias][name])
+            columns = ([column[path] for path in paths] for column in (leaves, grads, kept))
+            stateless.step(*columns, rate, first=not made)
         state["step"] += 1
         return params, state
 

@@ -12,6 +12,7 @@ from flux_func.flow import path
 from flux_func.launch import processes
 from flux_func.models import flux
 from flux_func.models.layers import Ops, Params, at_least_float32
+from flux_func.models.stages import fold
 from flux_func.parallel.mesh import ONE, Mesh
 from flux_func.parallel.sharding import ONE_PROCESS, Sharding, gathering
 from flux_func.train import step as steps
@@ -28,7 +29,7 @@ def timestep(index: Tensor, convention: str) -> Tensor:
 def per_sample_loss(params: Params, cfg: flux.FluxConfig, batch: Mapping[str, Tensor], ops: flux.Ops) -> Tensor:
     """Returns each sample's mean squared error, float32 or wider [B]; `batch` as for `ff.loss`."""
     carry, const = path.inputs(cfg, batch)
-    velocity = flux.fold(flux.chain(cfg), params, carry, const, ops)["img"]
+    velocity = fold(flux.chain(cfg), params, carry, const, ops)["img"]
     wide = at_least_float32(velocity.dtype)
     return (velocity.to(wide) - const["target"].to(wide)).square().mean(dim=(1, 2))
 

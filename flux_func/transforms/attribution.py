@@ -20,6 +20,7 @@ from flux_func import tree
 from flux_func.flow import path
 from flux_func.models import flux
 from flux_func.models.layers import Ops, Params, at_least_float32
+from flux_func.models.stages import Stage, fold
 from flux_func.transforms import checks
 
 Batch = Mapping[str, Tensor]
@@ -86,7 +87,7 @@ def token_saliency(
     chosen = {name: carry[name] for name in ("txt", "img", "y")}
 
     def velocity(chosen: dict[str, Tensor]) -> Tensor:
-        out = flux.fold(flux.chain(cfg), params, {**carry, **chosen}, const, ops)["img"]
+        out = fold(flux.chain(cfg), params, {**carry, **chosen}, const, ops)["img"]
         return out.to(at_least_float32(out.dtype))
 
     if region is not None:
@@ -134,7 +135,7 @@ def prompt_sensitivity(
         raise ValueError(f"direction is of {sorted(direction)}, it should be of 'txt', 'y' or both")
 
     def velocity(prompt: dict[str, Tensor]) -> Tensor:
-        out = flux.fold(flux.chain(cfg), params, {**carry, **prompt}, const, ops)["img"]
+        out = fold(flux.chain(cfg), params, {**carry, **prompt}, const, ops)["img"]
         return flux.unpatchify(out, *batch["latents"].shape[2:])
 
     return sensitivity(velocity, {name: carry[name] for name in direction}, dict(direction))
@@ -217,7 +218,7 @@ def influence(
 # Of attention.
 
 
-def with_attention(stage: flux.Stage) -> flux.Stage:
+def with_attention(stage: Stage) -> Stage:
     """Returns the stage with its attention in the carry it returns: "attention" [B, H, L, L], rows adding up to 1.
 
     softmax(q k^T / sqrt(D)), queries in rows, in float32 or wider; all tokens by all, so L^2 of memory. It is a value
@@ -264,7 +265,7 @@ def attention_maps(
     if stage not in places:
         raise ValueError(f"stage {stage!r} has no attention, it should be one of {', '.join(places)}")
     asked = places[stage]
-    carry = flux.fold((*stages[:asked], with_attention(stages[asked])), params, carry, const, ops)
+    carry = fold((*stages[:asked], with_attention(stages[asked])), params, carry, const, ops)
     text = const["text_length"]
     rows = dict(zip(("txt", "img"), carry["attention"].tensor_split([text], dim=2), strict=True))
     return {

@@ -20,6 +20,7 @@ from torch import Tensor
 from flux_func import random, tree
 from flux_func.models.layers import Ops, at_least_float32
 from flux_func.transforms import checks, lora
+from flux_func.transforms.norms import square_of_product, squared_norms
 from flux_func.transforms.weights import is_hole
 from flux_func.tree import Tree
 
@@ -62,7 +63,7 @@ def norms(loss: Loss, params: Tree, batch: Tree, chunk: int | None = None) -> tu
 
     Never more than `chunk` gradients are held.
     """
-    found = each(loss, params, batch, chunk, lambda grads, values: (_squares(grads).sqrt(), values))
+    found = each(loss, params, batch, chunk, lambda grads, values: (squared_norms(grads).sqrt(), values))
     return tuple(torch.cat(column) for column in zip(*found, strict=True))
 
 
@@ -76,14 +77,6 @@ def each(loss: Loss, params: Tree, batch: Tree, chunk: int | None, take: Callabl
     gradients = torch.func.vmap(torch.func.grad_and_value(checks.scalar(loss, FOR_ONE)), in_dims=(None, 0))
     for part in checks.chunks(batch, chunk):
         yield take(*gradients(checks.filled(params), part))
-
-
-def _squares(grads: Tree) -> Tensor:
-    """Returns the squared norms [chunk] of gradients [chunk, ...], in float32 or wider."""
-    wide = (leaf.to(at_least_float32(leaf.dtype)) for leaf in tree.leaves(grads))
-    # By rows: on a CPU torch adds up squares one after the other, and a norm of millions would lose digits.
-    rows = (leaf.reshape(len(leaf), -1, leaf.shape[-1] if leaf.ndim > 1 else 1) for leaf in wide)
-    return sum(torch.linalg.vector_norm(leaf, dim=2).square().sum(1) for leaf in rows)
 
 
 # Norms without gradients.
@@ -132,7 +125,7 @@ def ghost_norms(
     for part in parts:
         (of_linears, of_others), values = each(probes, others, part)
         _check_counts(of_linears)
-        squares = sum(pair[:, 0] for pair in of_linears.values()) + (_squares(of_others) if others else 0)
+        squares = sum(pair[:, 0] for pair in of_linears.values()) + (squared_norms(of_others) if others else 0)
         found.append((squares.sqrt(), values))
     return tuple(torch.cat(column) for column in zip(*found, strict=True))
 
@@ -196,19 +189,10 @@ class _Ghost(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         x, probe = ctx.saved_tensors
-        square = _square_of_product(*(part.to(probe.dtype).reshape(-1, part.shape[-1]) for part in (grad, x)))
+        square = square_of_product(*(part.to(probe.dtype).reshape(-1, part.shape[-1]) for part in (grad, x)))
         if ctx.bias:
             square = square + grad.to(probe.dtype).reshape(-1, grad.shape[-1]).sum(0).square().sum()
         return grad, None, torch.stack([square, torch.ones_like(square)]), None
-
-
-def _square_of_product(grad: Tensor, x: Tensor) -> Tensor:
-    """Returns |grad^T x|^2 of [L, out] and [L, in]."""
-    rows, out, fan_in = grad.shape[0], grad.shape[1], x.shape[1]
-    if rows * (out + fan_in) < out * fan_in:
-        return ((grad @ grad.mT) * (x @ x.mT)).sum()
-    # A norm is one pass over the product, where its squares would be another tensor; that of a row keeps its digits.
-    return torch.linalg.vector_norm(grad.mT @ x, dim=1).square().sum()
 
 
 # The gradient noise scale.
@@ -236,11 +220,11 @@ def noise_scale(loss: Loss, params: Tree, batch: Tree, chunk: int | None = None)
     """
 
     def take(grads: Tree, values: Tensor) -> tuple[Tree, Tensor]:
-        return tree.map(lambda leaf: leaf.sum(0, dtype=at_least_float32(leaf.dtype)), grads), _squares(grads)
+        return tree.map(lambda leaf: leaf.sum(0, dtype=at_least_float32(leaf.dtype)), grads), squared_norms(grads)
 
     total, squares = _sum(each(loss, params, batch, chunk, take))
     mean = tree.map(lambda leaf: leaf[None] / len(squares), total)
-    return noise_scale_from(1, squares.mean(), len(squares), _squares(mean)[0])
+    return noise_scale_from(1, squares.mean(), len(squares), squared_norms(mean)[0])
 
 
 def noise_scale_from(small: int, small_square: Tensor, big: int, big_square: Tensor) -> NoiseScale:
@@ -326,7 +310,7 @@ def clipped_sum(
         return clip_norm / norms.clamp(min=clip_norm)
 
     def take(grads: Tree, values: Tensor) -> tuple[Tree, Tensor]:
-        scale = weights(norms := _squares(grads).sqrt())
+        scale = weights(norms := squared_norms(grads).sqrt())
         return tree.map(lambda leaf: torch.tensordot(scale, leaf.to(scale.dtype), 1), grads), norms
 
     def weighted(params: Tree, part: Tree, norms: Tensor) -> Tensor:

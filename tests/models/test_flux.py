@@ -210,17 +210,6 @@ def test_patches_are_bfls_and_come_back(batch, rows, columns):
     assert flux.image_ids(2 * rows, 2 * columns)[0, -1].tolist() == [0, rows - 1, columns - 1]
 
 
-def test_stage_parts_reassemble_the_tree():
-    params, whole = flux.init(TINY), {}
-    for stage in flux.chain(TINY):
-        stage.place(whole, stage.select(params))
-    assert tree.flatten(whole).keys() == tree.flatten(params).keys()
-    assert all(whole["double_blocks"][i] is block for i, block in enumerate(params["double_blocks"]))
-    last = flux.chain(TINY)[-2]
-    with pytest.raises(ValueError, match=r"single_blocks\.1 should be placed in stage order, there are 0 blocks yet"):
-        last.place({}, last.select(params))
-
-
 def test_float64_is_kept_and_bfloat16_is_close():
     params = flux.init(TINY, scheme="nonzero", dtype=torch.float64)
     exact = flux.apply(params, TINY, **draw_inputs(TINY, dtype=torch.float64))

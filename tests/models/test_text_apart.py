@@ -50,7 +50,7 @@ def apart(folder, tmp_path_factory):
     return root
 
 
-def same(cfg, reference):
+def assert_same(cfg, reference):
     tokens, expected = text.tokenizer(cfg)(CAPTIONS), text.tokenizer(reference)(CAPTIONS)
     assert all(np.array_equal(tokens[part], expected[part]) for part in ("t5", "clip"))
     flat, own = tree.flatten(text.load(cfg)), tree.flatten(text.load(reference))
@@ -65,7 +65,7 @@ def test_t5_and_clip_from_folders_of_their_own(apart, hf):
     cfg = TextConfig(kind="hf", t5=str(apart / "t5"), clip=str(apart / "clip"), max_length=40)
     assert text.widths(cfg) == (32, 24)
     assert text_files.given(cfg, "t5") == ("text.t5", str(apart / "t5"))
-    same(cfg, hf)
+    assert_same(cfg, hf)
 
 
 @pytest.mark.parametrize("part", ["t5", "clip"])
@@ -74,7 +74,7 @@ def test_one_from_a_folder_of_its_own_and_the_other_from_the_pipeline(apart, hf,
     for name in {"t5": ("text_encoder_2", "tokenizer_2"), "clip": ("text_encoder", "tokenizer")}[part]:
         shutil.rmtree(tmp_path / "rest" / name)
     cfg = dataclasses.replace(hf, path=str(tmp_path / "rest"), **{part: str(apart / part)})
-    same(cfg, hf)
+    assert_same(cfg, hf)
 
 
 def test_t5_from_the_hubs_cache(apart, hf, tmp_path, monkeypatch):
@@ -83,7 +83,7 @@ def test_t5_from_the_hubs_cache(apart, hf, tmp_path, monkeypatch):
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0123")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    same(dataclasses.replace(hf, t5="google/t5-tiny", clip=str(apart / "clip"), path=""), hf)
+    assert_same(dataclasses.replace(hf, t5="google/t5-tiny", clip=str(apart / "clip"), path=""), hf)
 
 
 @pytest.mark.parametrize(

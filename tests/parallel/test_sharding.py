@@ -12,6 +12,7 @@ from flux_func import tree
 from flux_func.errors import UserError
 from flux_func.flow import path
 from flux_func.models import flux
+from flux_func.models.stages import fold
 from flux_func.parallel import sharding
 from flux_func.parallel.mesh import AXES, ONE, Mesh
 from flux_func.parallel.placements import Placement
@@ -154,6 +155,6 @@ def test_a_forward_pass_gathers_what_it_computes_with():
     carry, const = path.inputs(TINY, tiny_batch.batch(2))
     ops = sharding.gathering(from_config({}, ONE), params, flux.chain(TINY))
     for _ in range(2):
-        found = flux.fold(flux.chain(TINY), params, carry, const, ops)["img"]
+        found = fold(flux.chain(TINY), params, carry, const, ops)["img"]
         lower = tree.map(lambda leaf: leaf.bfloat16(), params)
-        assert torch.equal(found, flux.fold(flux.chain(TINY), lower, carry, const, flux.Ops())["img"])
+        assert torch.equal(found, fold(flux.chain(TINY), lower, carry, const, flux.Ops())["img"])

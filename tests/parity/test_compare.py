@@ -164,13 +164,13 @@ def test_a_gradient_that_is_no_number_is_found(tmp_path, monkeypatch):
 def test_an_output_of_a_stage_that_is_no_number_is_found(tmp_path, monkeypatch):
     posed = tiny_parity.pose("bfl", SMALL)
     tiny_parity.ask(posed, tmp_path)
-    bind = flux.bind
+    bind = compare.bind
 
     def broken(stage, ops):
         run = bind(stage, ops)
         return run if stage.name != "stem" else lambda *args: {**(out := run(*args)), "vec": out["vec"] * torch.nan}
 
-    monkeypatch.setattr(flux, "bind", broken)
+    monkeypatch.setattr(compare, "bind", broken)
     stages = [row for row in failed(compare.compare(posed, posed.params, tmp_path)) if row.part == "stages"]
     assert [(row.stage, row.where) for row in stages] == [("stem", "vec")]
 

@@ -22,11 +22,16 @@ def test_weights_are_the_reference_s_own_state_dict(tmp_path):
         exchange.ask(posed, tmp_path / reference)
     fields = exchange.request(tmp_path / "bfl")["transformer"]
     fields.pop("qk_norm_eps")
-    Flux(FluxParams(**fields)).load_state_dict(load_file(tmp_path / "bfl" / "transformer.safetensors"))
+    models = {"bfl/transformer": Flux(FluxParams(**fields))}
     request = exchange.request(tmp_path / "diffusers")
     for part, kind in (("transformer", FluxTransformer2DModel), ("autoencoder", AutoencoderKL)):
-        model = kind(**{name: value for name, value in request[part].items() if not name.startswith("_")})
-        model.load_state_dict(load_file(tmp_path / "diffusers" / f"{part}.safetensors"))
+        fields = {name: value for name, value in request[part].items() if not name.startswith("_")}
+        models[f"diffusers/{part}"] = kind(**fields)
+    for name, model in models.items():
+        state = load_file(tmp_path / f"{name}.safetensors")
+        assert {key: leaf.shape for key, leaf in state.items()} == {
+            key: leaf.shape for key, leaf in model.state_dict().items()
+        }
 
 
 def test_only_what_is_compared_is_asked(tmp_path):

@@ -9,6 +9,7 @@ import torch
 from flux_func import tree
 from flux_func.errors import UserError
 from flux_func.models import blocks, flux
+from flux_func.models.stages import bind
 from flux_func.parallel.mesh import AXES, Mesh
 from flux_func.train import layout, optimizer, state
 from flux_func.transforms import quantized
@@ -69,7 +70,7 @@ def test_a_compiled_step_finds_again_what_was_compiled():
     config = tiny_run.config({"compile.enabled": True, "compile.backend": "aot_eager"})
     cfg = state.model_config(config)
     ops = layout.ops(config, cfg, layout.build(config, cfg, optimizer.from_config(config), mesh(1, 1, 1), CPU))
-    first, second = (flux.bind(flux.chain(cfg)[place], ops) for place in (1, 2))
+    first, second = (bind(flux.chain(cfg)[place], ops) for place in (1, 2))
     assert first.func is second.func is not blocks.double_block
 
 

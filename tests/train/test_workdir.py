@@ -28,12 +28,15 @@ def test_what_goes_wrong_inside_is_not_the_locks(tmp_path):
 
 
 def test_a_file_system_without_locks_is_used_as_it_is(tmp_path, monkeypatch):
+    asked = []
+
     def none(folder, operation):
+        asked.append(operation)
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(workdirs.fcntl, "flock", none)
     with workdirs.keeping_others_out(tmp_path), workdirs.keeping_others_out(tmp_path):
-        pass
+        assert len(asked) == 2
 
 
 @pytest.mark.parametrize("below", ["file", "file/run"])

@@ -9,6 +9,7 @@ from flux_func import tree
 from flux_func.flow import losses, path
 from flux_func.models import flux
 from flux_func.models.layers import Ops
+from flux_func.models.stages import bind
 from flux_func.transforms import attribution, precision
 from tests.helpers import tiny_model
 from tests.helpers.tiny_model import DEEPER, NAIVE, either_attention
@@ -253,9 +254,9 @@ def test_stages_after_the_one_asked_are_not_computed():
 def test_asking_a_stage_changes_nothing_else_of_it():
     stem, block, *_ = flux.chain(DEEPER)
     carry, const = path.inputs(DEEPER, tiny_model.batch())
-    carry = flux.bind(stem, Ops())(stem.select(PARAMS), carry, const)
-    plain = flux.bind(block, Ops())(block.select(PARAMS), carry, const)
-    asked = flux.bind(attribution.with_attention(block), Ops())(block.select(PARAMS), carry, const)
+    carry = bind(stem, Ops())(stem.select(PARAMS), carry, const)
+    plain = bind(block, Ops())(block.select(PARAMS), carry, const)
+    asked = bind(attribution.with_attention(block), Ops())(block.select(PARAMS), carry, const)
     assert set(asked) == {*plain, "attention"}
     for name, value in plain.items():
         assert torch.equal(asked[name], value)

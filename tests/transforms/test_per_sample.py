@@ -96,13 +96,6 @@ def test_ghost_norms_of_a_linear_whatever_its_rows_and_sizes(rows, fan_in, out, 
     torch.testing.assert_close(per_sample.ghost_norms(loss, params, batch, 2)[0], expected)
 
 
-def test_both_forms_of_the_product_are_its_square():
-    rng = np.random.default_rng(0)
-    for rows, out, fan_in in [(2, 9, 8), (30, 4, 5)]:
-        g, x = draw(rng, rows, out), draw(rng, rows, fan_in)
-        torch.testing.assert_close(per_sample._square_of_product(g, x), (g.mT @ x).square().sum())
-
-
 def test_a_linear_that_is_not_computed_once_by_ops_is_refused():
     params, batch = {"a": {"weight": torch.eye(3)}}, {"x": torch.ones(2, 3)}
 

@@ -11,6 +11,7 @@ from flux_func.flow import path
 from flux_func.models import flux
 from flux_func.models.attention import attention
 from flux_func.models.layers import Ops
+from flux_func.models.stages import bind
 from flux_func.parallel import fold
 from flux_func.transforms import lora, selective
 from flux_func.transforms.remat import keep
@@ -55,14 +56,14 @@ def test_what_attention_keeps_is_its_output_and_the_sum():
     params, batch = flux.init(CFG, scheme="nonzero"), draw()
     carry, const = path.inputs(CFG, batch, None)
     ops, [stem, block] = selective.recording(Ops(), keep("attention")), path.chain(CFG)[:2]
-    carry = flux.bind(stem, ops)(stem.select(params), carry, const)
+    carry = bind(stem, ops)(stem.select(params), carry, const)
     assert carry.pop("kept") == []
-    out = flux.bind(block, ops)(block.select(params), carry, const)
+    out = bind(block, ops)(block.select(params), carry, const)
     [(attended, total)] = out["kept"]
     assert attended.shape == (2, CFG.num_heads, TOKENS, CFG.hidden_size // CFG.num_heads)
     assert total.shape == (2, CFG.num_heads, TOKENS)
     doubled = {"kept": [(2 * attended, total)]}
-    again = flux.bind(block, selective.replaying(Ops(), keep("attention")))
+    again = bind(block, selective.replaying(Ops(), keep("attention")))
     replayed = again(block.select(params), carry, const | doubled)
     assert (replayed["img"] - out["img"]).norm() > 0.01 * out["img"].norm()
     same = again(block.select(params), carry, const | {"kept": out["kept"]})
