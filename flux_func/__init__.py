@@ -6,8 +6,9 @@ from flux_func.flow.path import loss
 from flux_func.flow.sampler import sample, velocity
 from flux_func.interop.weights import load, save
 from flux_func.models import autoencoder, text
-from flux_func.models.flux import FLAVORS, FluxConfig, Stage, abstract, apply, chain, flavor, init
+from flux_func.models.flux import FLAVORS, FluxConfig, abstract, apply, chain, flavor, init
 from flux_func.models.layers import Ops
+from flux_func.models.stages import Stage
 from flux_func.parallel.fold import grad_and_value
 from flux_func.train import optimizer
 from flux_func.transforms import attribution, curvature, ema, likelihood, lora, per_sample, remat, weights

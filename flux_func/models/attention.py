@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from flux_func.models import kernels
@@ -29,6 +28,19 @@ from flux_func.models.kernels import Pair
 
 # (forward, given, *args) to forward(*args)[0], all of which it keeps; or to given(*args, *kept), the same again.
 Tape = Callable[..., Tensor]
+
+
+# By torch's own names: torch.compile would trace einops' parser, which was most of what it traced of a block.
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """Returns x [B, L, H*D] as [B, H, L, D]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """Returns x [B, H, L, D] as [B, L, H*D]: `split_heads`' inverse."""
+    return x.transpose(1, 2).flatten(2)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, kernel: str = "", tape: Tape | None = None) -> Tensor:
@@ -52,11 +64,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, kernel: str = "", tape: Tape | No
     compiling = torch.compiler.is_compiling()
     if (compiling or q.is_meta) and not kernel and tape is None:
         # Dynamo refuses functions that have forward mode or vmap of their own; without memory none is to be saved.
-        return _joined(F.scaled_dot_product_attention(q, k, v))
+        return join_heads(F.scaled_dot_product_attention(q, k, v))
     given = *map(kernels.packed, (q, k, v)), kernel
     if tape is not None:
-        return _joined(tape(_value, _Given.apply, *given))
-    return _joined((_Once if compiling else _Attention).apply(*given)[0])
+        return join_heads(tape(_value, _Given.apply, *given))
+    return join_heads((_Once if compiling else _Attention).apply(*given)[0])
 
 
 def _value(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
@@ -68,10 +80,6 @@ def _gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, total: Tensor, kernel: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(x.to(q.dtype) for x in kernels.block_backward(kernels.packed(grad), q, k, v, out, total, kernel))
-
-
-def _joined(out: Tensor) -> Tensor:
-    return rearrange(out, "B H L D -> B L (H D)")
 
 
 # The functions. Each takes tensors whose first dimension is the batch, None for zero, and the kernel's name.

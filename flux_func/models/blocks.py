@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flux_func.models import layers
+from flux_func.models.attention import split_heads
 from flux_func.models.layers import Ops, Params
 
 TIME_FEATURES = 256
@@ -50,7 +51,7 @@ def double_block(params: Params, carry: dict, const: dict, ops: Ops, heads: int,
         shift, scale = mods[name][:2]
         attn = params[f"{name}_attn"]
         x = ops.linear(attn["qkv"], layers.modulate(carry[name], shift, scale), f"{path}_attn.qkv")
-        q, k, v = (layers.split_heads(part, heads) for part in x.chunk(3, dim=-1))
+        q, k, v = (split_heads(part, heads) for part in x.chunk(3, dim=-1))
         qkv.append((*layers.qk_norm(attn["norm"], q, k, eps), v))
     q, k, v = (torch.cat(parts, dim=2) for parts in zip(*qkv, strict=True))
     mixed = ops.attention(layers.apply_rope(q, const["rope"]), layers.apply_rope(k, const["rope"]), v)
@@ -95,7 +96,7 @@ def _side_by_side(
     # All at once, and not by tensor_split: backward that is one copy.
     size = x.shape[-1]
     *qkv, hidden = wide.split([size, size, size, wide.shape[-1] - 3 * size], dim=-1)
-    q, k, v = (layers.split_heads(part, heads) for part in qkv)
+    q, k, v = (split_heads(part, heads) for part in qkv)
     q, k = layers.qk_norm(params["norm"], q, k, eps)
     return ops.attention(layers.apply_rope(q, const["rope"]), layers.apply_rope(k, const["rope"]), v), hidden, gate
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -151,11 +150,6 @@ def modulation(params: Params, vec: Tensor, parts: int, ops: Ops, path: str) -> 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Returns (1 + scale) * layer_norm(x) + shift; x [B, L, C], shift and scale [B, 1, C]."""
     return torch.addcmul(shift, layer_norm(x), 1 + scale)
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """Returns x [B, L, H*D] as [B, H, L, D]."""
-    return rearrange(x, "B L (H D) -> B H L D", H=heads)
 
 
 def qk_norm(params: Params, q: Tensor, k: Tensor, eps: float) -> tuple[Tensor, Tensor]:

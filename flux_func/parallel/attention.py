@@ -22,7 +22,7 @@ from torch.distributed import ProcessGroup
 
 from flux_func.errors import UserError
 from flux_func.models import kernels, layers
-from flux_func.models.attention import Tape
+from flux_func.models.attention import Tape, join_heads
 from flux_func.models.layers import at_least_float32
 from flux_func.parallel import collectives
 from flux_func.parallel.collectives import Members
@@ -132,7 +132,7 @@ def _ring(
         out = tape(_attend, _RingGiven.apply, *given)
     else:
         out, _ = (_Ring if torch.compiler.is_compiling() else _RingEverywhere).apply(*given)
-    return rearrange(out, "B H l D -> B l (H D)")
+    return join_heads(out)
 
 
 class _Ring(torch.autograd.Function):

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from flux_func import tree
 from flux_func.errors import UserError
-from flux_func.models.flux import Stage
 from flux_func.models.layers import Ops, Params
+from flux_func.models.stages import Stage
 from flux_func.parallel import collectives, placements
 from flux_func.parallel.mesh import AXES, ONE, Mesh
 from flux_func.parallel.placements import Placement, local

@@ -292,8 +292,10 @@ def _autoencoder(problem: Problem, folder: Path, end: Tensor | None, out: Compar
         relative_row("autoencoder", "decode", decoded, theirs["decoded"], "decode"),
     ]
     if end is not None:
-        images = {"ours": autoencoder.decode(params, cfg, end[:1].double()), "theirs": theirs["decoded"]}
-        out.images |= {name: image[0].float().cpu() for name, image in images.items()}
+        # To be looked at: the bound is a shade, and the decoder was held in float64 above.
+        ours = autoencoder.decode(problem.autoencoder_params, cfg, end[:1])
+        images = {"ours": ours, "theirs": theirs["decoded"].float()}
+        out.images |= {name: image[0].cpu() for name, image in images.items()}
         difference = (images["ours"].clamp(-1, 1) - images["theirs"].clamp(-1, 1)).abs().max().item() / 2
         out.rows.append(Row("image", "at the end", "largest difference", difference, BOUNDS["image"]))
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from flux_func.models.flux import Stage
 from flux_func.models.layers import Ops
+from flux_func.models.stages import Stage
 
 
 def stages(**options: Any) -> Callable[[Callable, Stage], Callable]:

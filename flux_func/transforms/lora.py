@@ -27,8 +27,8 @@ from torch.utils import _pytree
 
 from flux_func import random, tree
 from flux_func.models import layers
-from flux_func.models.flux import Stage
 from flux_func.models.layers import Ops, Params, at_least_float32
+from flux_func.models.stages import Stage
 from flux_func.transforms import checks
 
 # A linear's updates beside its weight and bias, in trees that `combine` makes and no one else sees.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flux_func import tree
-from flux_func.models.flux import Stage
+from flux_func.models.stages import Stage
 
 
 def compute_in(dtype: torch.dtype) -> Callable[[Callable, Stage], Callable]:

@@ -18,11 +18,11 @@ from typing import Any
 
 import optree
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from flux_func.models import kernels, layers
-from flux_func.models.flux import Stage
+from flux_func.models.attention import join_heads, split_heads
+from flux_func.models.stages import Stage
 from flux_func.transforms import captured
 
 Policy = frozenset[str]
@@ -329,11 +329,11 @@ class _Given(torch.autograd.Function):
 
 def _attention_forward(q: Tensor, k: Tensor, v: Tensor) -> Kept:
     out, total = kernels.block(*map(kernels.packed, (q, k, v)))
-    return rearrange(out.to(q.dtype), "B H L D -> B L (H D)"), total
+    return join_heads(out.to(q.dtype)), total
 
 
 def _attention_backward(grad: Tensor, kept: Kept, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    grad, out = (rearrange(x, "B L (H D) -> B H L D", H=q.shape[1]) for x in (grad, kept[0]))
+    grad, out = (split_heads(x, q.shape[1]) for x in (grad, kept[0]))
     grads = kernels.block_backward(*map(kernels.packed, (grad, q, k, v)), out, kept[1])
     return tuple(x.to(q.dtype) for x in grads)
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from flux_func import tree
 from flux_func.models import flux, layers
 from flux_func.models.attention import Tape
-from flux_func.models.flux import Stage
 from flux_func.models.layers import Ops, Params
+from flux_func.models.stages import Stage
 from flux_func.transforms import checks
 from flux_func.transforms.remat import Policy
 

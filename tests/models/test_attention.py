@@ -302,3 +302,12 @@ def test_what_is_compiled_with_a_kernel_of_its_own_has_no_second_derivative():
     with pytest.raises((NotImplementedError, RuntimeError)):
         [grad] = torch.autograd.grad(attend(q, k, v).square().sum(), q, create_graph=True)
         torch.autograd.grad(grad.sum(), q)
+
+
+def test_heads_are_kept_together_and_joined_again():
+    x = torch.arange(2 * 3 * 8.0).reshape(2, 3, 8)
+    heads = attention.split_heads(x, heads=2)
+    assert heads.shape == (2, 2, 3, 4)
+    torch.testing.assert_close(heads[1, 1, 2], x[1, 2, 4:8])
+    torch.testing.assert_close(heads[0, 0, 1], x[0, 1, :4])
+    assert torch.equal(attention.join_heads(heads), x)

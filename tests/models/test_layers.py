@@ -130,11 +130,3 @@ def test_attention_is_full_and_not_causal():
     # The first token sees the last one.
     moved = layers.attention(q, k, torch.cat([v[:, :, :-1], v[:, :, -1:] + 1], dim=2))
     assert (moved - expected)[:, 0].abs().min() > 1e-4
-
-
-def test_split_heads_keeps_a_head_together():
-    x = torch.arange(2 * 3 * 8.0).reshape(2, 3, 8)
-    heads = layers.split_heads(x, heads=2)
-    assert heads.shape == (2, 2, 3, 4)
-    torch.testing.assert_close(heads[1, 1, 2], x[1, 2, 4:8])
-    torch.testing.assert_close(heads[0, 0, 1], x[0, 1, :4])
