@@ -40,12 +40,12 @@ from flux_func.errors import UserError
 from flux_func.interop import lora_files
 from flux_func.launch import memory, processes
 from flux_func.models import flux
-from flux_func.models.layers import Ops, Params
+from flux_func.models.layers import Params
 from flux_func.parallel import mesh as meshes
 from flux_func.parallel import placements
 from flux_func.parallel.mesh import ONE, Mesh
 from flux_func.parallel.sharding import Sharding
-from flux_func.train import adapt, encoders, generate, origin
+from flux_func.train import adapt, encoders, generate, layout, origin
 from flux_func.train.origin import Origin
 from flux_func.train.state import DTYPES
 from flux_func.transforms import lora
@@ -291,11 +291,12 @@ def draw(
 ) -> Iterator[Tensor]:
     """Yields the images of this process's prompts, [b, 3, H, W] at a time, under a bar that counts Euler steps."""
     total = generate.batch_count(len(prompts), settings["batch_size"], sharding.mesh) * settings["steps"]
-    where, dtype, ops = sharding.device or tree.leaves(params)[0].device, DTYPES[settings["dtype"]], Ops()
+    where, dtype = sharding.device or tree.leaves(params)[0].device, DTYPES[settings["dtype"]]
+    ops = layout.evaluation(where)
     if source.loras:
         moved = [(tree.map(lambda leaf: leaf.to(where, dtype), each), None, weight) for each, weight in source.loras]
         params, sharding = adapt.together(params, sharding, moved)
-        ops = lora.with_updates()
+        ops = lora.with_updates(ops)
     drawn_with = {name: value for name, value in settings.items() if name not in OF_ENCODERS}
     with tqdm(total=total, desc="sampling", unit="step") as bar:
         yield from generate.batches(

@@ -3,6 +3,7 @@
 python -m flux_func.bench.ours REQUEST.json
 """
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -34,7 +35,8 @@ def work(request: dict, weights: serve.Tensors, inputs: serve.Tensors) -> Work:
         here = {"params": params, "opt": optimizer.from_config(config).init(params)}
         return Work(training(config, cfg, here, inputs, device), lambda: tree.leaves(here))
     sharding = layout.of_weights(config, cfg, ONE, device)
-    ops = gathering(sharding, params, flux.chain(cfg), layout.ops(config, cfg, sharding))
+    ops = dataclasses.replace(layout.ops(config, cfg, sharding), linear=layout.evaluation(device).linear)
+    ops = gathering(sharding, params, flux.chain(cfg), ops)
 
     @torch.no_grad()
     def forward() -> Tensor:

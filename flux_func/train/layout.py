@@ -11,7 +11,8 @@ from torch import Tensor
 from flux_func import tree
 from flux_func.config import one_of
 from flux_func.errors import UserError
-from flux_func.models import flux, kernels, layers
+from flux_func.launch import processor
+from flux_func.models import flux, kernels, layers, products
 from flux_func.models.layers import Ops
 from flux_func.parallel import attention, placements, sharding
 from flux_func.parallel.mesh import Mesh
@@ -68,7 +69,8 @@ def _of_lora(config: ml_collections.ConfigDict, cfg: flux.FluxConfig, base: Shar
 
 def ops(config: ml_collections.ConfigDict, cfg: flux.FluxConfig, made: Sharding) -> Ops:
     """Returns how a training step does the model's operations, over the processes of a sequence where it is split."""
-    found, p, named = kernel(config), config.parallel, config.kernels.attention
+    p, named = config.parallel, config.kernels.attention
+    found = _attending(named)
     if made.splits:
         found = Ops(attention=attention.context_attention(p.attention, made.mesh, cfg.num_heads, p.ulysses, named))
     if config.numerics.linear:
@@ -81,10 +83,21 @@ def ops(config: ml_collections.ConfigDict, cfg: flux.FluxConfig, made: Sharding)
     return found
 
 
-def kernel(config: ml_collections.ConfigDict) -> Ops:
-    """Returns how whole sequences are attended to: by the kernel that the config names, in evaluation too."""
-    name = config.kernels.attention
-    return Ops(attention=functools.partial(layers.attention, kernel=name)) if name else Ops()
+def evaluation(device: torch.device, kernel: str = "") -> Ops:
+    """Returns how what takes no gradients, validation and sampling, does the model's operations on a device.
+
+    Args:
+      device: what is computed on.
+      kernel: of attention, one of `kernels.KERNELS`; "": the one torch takes.
+    """
+    found = _attending(kernel)
+    if device.type != "cpu" or not processor.prefers_onednn():
+        return found
+    return dataclasses.replace(found, linear=products.linear)
+
+
+def _attending(kernel: str) -> Ops:
+    return Ops(attention=functools.partial(layers.attention, kernel=kernel)) if kernel else Ops()
 
 
 def remat(config: ml_collections.ConfigDict) -> str | Policy:

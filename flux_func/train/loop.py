@@ -20,7 +20,7 @@ from flux_func.errors import UserError
 from flux_func.interop.stored import Stored
 from flux_func.launch import processes
 from flux_func.models import flops, flux
-from flux_func.models.layers import Ops
+from flux_func.models.layers import Ops, Params
 from flux_func.parallel import mesh as meshes
 from flux_func.parallel import placements
 from flux_func.parallel.mesh import ONE, Mesh
@@ -314,9 +314,7 @@ def validation(run: Run, current: dict, step: int, writer: metrics.Metrics) -> d
     if v.images:
         draw(run, current, captions(run, v.images), f"validation_{step:06d}.png")
     held = held_out(run, v.samples, validate.samples_per_pass(v.samples, v.batch_size, mesh), mesh)
-    params, sharding, ops = adapt.forward(
-        run.base, placements.shards(state.averaged(current)), run.sharding, layout.kernel(run.config)
-    )
+    params, sharding, ops = evaluated(run, current)
     return validate.run(
         params,
         run.cfg,
@@ -327,6 +325,12 @@ def validation(run: Run, current: dict, step: int, writer: metrics.Metrics) -> d
         sharding=sharding,
         ops=ops,
     )
+
+
+def evaluated(run: Run, current: dict) -> tuple[Params, Sharding, Ops]:
+    """Returns the parameters, sharding and ops of forward passes alone, by the averaged weights where there are any."""
+    ops = layout.evaluation(run.device, run.config.kernels.attention)
+    return adapt.forward(run.base, placements.shards(state.averaged(current)), run.sharding, ops)
 
 
 def prompts(run: Run) -> list[str]:
@@ -342,9 +346,7 @@ def captions(run: Run, count: int) -> list[str]:
 def draw(run: Run, current: dict, texts: list[str], name: str) -> None:
     """Samples a grid with the settings of config.sample into samples/NAME."""
     s, size = run.config.sample, run.config.data.image_size
-    params, sharding, ops = adapt.forward(
-        run.base, placements.shards(state.averaged(current)), run.sharding, layout.kernel(run.config)
-    )
+    params, sharding, ops = evaluated(run, current)
     images = generate.generate(
         params,
         run.cfg,

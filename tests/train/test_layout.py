@@ -8,7 +8,7 @@ import torch
 
 from flux_func import tree
 from flux_func.errors import UserError
-from flux_func.models import blocks, flux
+from flux_func.models import blocks, flux, layers, products
 from flux_func.models.stages import bind
 from flux_func.parallel.mesh import AXES, Mesh
 from flux_func.train import layout, optimizer, state
@@ -93,6 +93,14 @@ def test_a_kernel_that_the_device_has_not_is_no_silent_other_one():
     )
     made, config, _ = build({"kernels.attention": "math"}, mesh(1, 1, 1))
     assert layout.ops(config, state.model_config(config), made).attention.keywords == {"kernel": "math"}
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_evaluation_multiplies_by_what_is_faster_on_this_processor(monkeypatch, faster):
+    monkeypatch.setattr(layout.processor, "prefers_onednn", lambda: faster)
+    on_cpu, on_gpu = (layout.evaluation(torch.device(kind), "math") for kind in ("cpu", "cuda"))
+    assert on_cpu.linear is (products.linear if faster else layers.linear) and on_gpu.linear is layers.linear
+    assert on_cpu.attention.keywords == on_gpu.attention.keywords == {"kernel": "math"}
 
 
 FLOAT8 = {"numerics.compute": "bfloat16", "numerics.linear": "float8_rowwise"}
