@@ -13,10 +13,10 @@ combination of them, one after another; in --peers, --dtype or --remat, all side
 
 train_step: from a batch of latents, noise, timesteps and encodings to updated weights: forward, backward, clipping, and
 AdamW by torch's fused kernel. Ours is train_main's; theirs are their model with torch's autograd, clip_grad_norm_,
-AdamW and zero_grad, patches and positions made ready beforehand. forward: to the loss, without gradients. sample: each
-one's own loop, unshifted. compile: the first compiled training step of a fresh process that finds nothing compiled,
-as a user waits for it. --dtype=bfloat16 keeps weights in float32: ours computes by numerics.compute, theirs under
-torch.autocast. --compile compiles each block.
+AdamW and zero_grad, patches and positions made ready beforehand. forward: to the loss, without gradients, ours as
+train_main validates. sample: each one's own loop, unshifted. compile: the first compiled training step of a fresh
+process that finds nothing compiled, as a user waits for it. --dtype=bfloat16 keeps weights in float32: ours computes by
+numerics.compute, theirs under torch.autocast. --compile compiles each block.
 
 ratio: the median over the rounds of the time to that of the fastest of the others in the same type, in the same round.
 peak GiB: the most memory in a timed step, resident in the process or allocated on the GPU. It is the sum of imports
