@@ -158,7 +158,7 @@ def _check_patterns(
     patterns, known = tuple(config[group][name]), flux.linears(cfg)
     for pattern in patterns:
         if pattern not in beside and not any(tree.match([pattern], path) for path in known):
-            raise UserError(f"{field} is {patterns}: {pattern!r} fits no linear: {one_of(pattern, known)}")
+            raise UserError(f"{field} is {patterns}: {pattern!r} fits no linear: {one_of(pattern, (*beside, *known))}")
 
 
 def _check_linear(

@@ -78,6 +78,7 @@ def test_a_compiled_step_finds_again_what_was_compiled():
     "fields, said",
     [
         ({"remat.keep": ("attention", "*.linear3")}, "'*.linear3' fits no linear: "),
+        ({"remat.keep": ("attentoin",)}, "did you mean 'attention'? should be one of 'attention', "),
         ({"remat.keep": ("single_block.linear1",)}, "did you mean 'single_blocks.linear1'?"),
     ],
 )
