@@ -10,7 +10,7 @@ import torch
 def prefers_onednn(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Returns whether oneDNN multiplies float32 faster here than MKL, torch's choice: on AMD's processors.
 
-    By a sixth to a quarter at FLUX's widths, on two cores of an EPYC with AVX-512. MKL is Intel's, and fast on those.
+    What that is worth is in docs/benchmarks.md. MKL is Intel's, and fast on Intel's.
     """
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
